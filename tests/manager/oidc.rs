@@ -467,7 +467,7 @@ async fn a_token_is_believed_only_if_it_is_the_providers_for_this_sign_in() -> O
     // Claims that are not in the token come from the provider, and not those of another user.
     for (subject, status) in [("0815", 200), ("4711", 403)] {
         idp.said(|said| {
-            said.userinfo = json!({"sub": subject, "preferred_username": "bob", "groups": []})
+            said.userinfo = json!({"sub": subject, "preferred_username": "bob", "groups": []});
         });
         let browser = Browser::begin(at).await?;
         let mut claims = browser.claims(&idp);

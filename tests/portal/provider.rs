@@ -46,12 +46,16 @@ fn start(dir: &Path, page: &str) -> Outcome<(Provider, String)> {
         .spawn()?;
     let stdout = child.stdout.take().ok_or("no stdout")?;
     let provider = Provider(child);
-    for line in BufReader::new(stdout).lines() {
-        if line? == "ready" {
-            return Ok((provider, format!("http://127.0.0.1:{port}")));
-        }
+    let mut lines = BufReader::new(stdout).lines();
+    if !lines
+        .by_ref()
+        .any(|line| line.is_ok_and(|line| line == "ready"))
+    {
+        return Err("the provider does not start".into());
     }
-    Err("the provider does not start".into())
+    // What it says is read to its end: it would end when its output is closed.
+    std::thread::spawn(move || lines.for_each(drop));
+    Ok((provider, format!("http://127.0.0.1:{port}")))
 }
 
 #[test]

@@ -356,7 +356,7 @@ impl Record {
                 places(2, part.len())
             );
             let query = sqlx::query(&text).bind(user);
-            let query = part.iter().fold(query, |query, group| query.bind(group));
+            let query = part.iter().fold(query, sqlx::query::Query::bind);
             for row in query.fetch_all(&self.pool).await? {
                 found.insert(key_of(&row)?);
             }
