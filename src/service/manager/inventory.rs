@@ -408,6 +408,8 @@ mod tests {
             user: user.map(str::to_owned),
             administrator,
             via: super::super::auth::Via::Token,
+            groups: Vec::new(),
+            email: None,
         }
     }
 
