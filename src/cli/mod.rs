@@ -8,6 +8,7 @@ mod exit;
 mod failure;
 mod image;
 pub(crate) mod options;
+mod packages;
 mod print;
 mod progress;
 mod prune;

@@ -15,7 +15,7 @@ use super::args;
 use super::exit::Usage;
 use super::failure::Failure;
 use super::print::print;
-use super::{bench_view, options, progress, signals, view, write_stdout};
+use super::{bench_view, options, packages, progress, signals, view, write_stdout};
 use crate::common::failure::FailureKind;
 use crate::common::private_files::FileMode;
 use crate::image::manifest::Platform;
@@ -51,6 +51,12 @@ pub(super) fn ps(roots: &Roots, args: &args::Ps) -> anyhow::Result<()> {
 }
 
 pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()> {
+    if args.packages && packages::is_image(&args.container) {
+        return packages::image(args);
+    }
+    if args.since.is_some() {
+        return Err(Usage("--since compares images; the first argument is none".to_owned()).into());
+    }
     // Before threads are created, because they inherit the cgroup and priority of their creator.
     let host_root = roots.host_root.as_deref();
     let _background = options::background(args.background.floor(), &args.memory, host_root);
@@ -63,8 +69,10 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
         usage.map(|usage| usage.bytes),
         usage.map(|usage| usage.entries),
     );
+    let rules = options::rules(&args.choice);
+    let cancel = CancellationToken::new();
+    let mut scans = None;
     if let Ok(base) = &base {
-        let rules = options::rules(&args.choice);
         let state_dir = args.state.state_dir.as_deref();
         let question = save::NextSaveOptions {
             rules: &rules,
@@ -76,20 +84,35 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
             full: args.state.full,
             jobs: save::cores(),
         };
-        match save::next_save(
-            roots,
-            &container,
-            base,
-            &question,
-            &CancellationToken::new(),
-        ) {
-            Ok(next) => view.saved_next(next, &args.include_volume),
+        match save::next_save(roots, &container, base, &question, &cancel) {
+            Ok((next, found)) => {
+                view.saved_next(next, &args.include_volume);
+                scans = Some(found);
+            }
             Err(error) if error.kind() == FailureKind::Usage => return Err(error.into()),
             // Only the next save would fail with this error; the rest can still be shown.
             Err(error) => view.next_save_error = Some(error.to_string()),
         }
     }
-    print(args.format, &view, view::InspectView::table)
+    if !args.packages {
+        return print(args.format, &view, view::InspectView::table);
+    }
+    let scans = match scans {
+        Some(scans) => scans,
+        None => vec![Arc::new(rules.scan(
+            &container,
+            &[],
+            None,
+            save::cores(),
+            &cancel,
+        )?)],
+    };
+    view.packages = Some(save::packages::asked(&container, &scans, &cancel)?);
+    print(args.format, &view, |view| {
+        view.packages
+            .as_ref()
+            .map_or_else(String::new, packages::table)
+    })
 }
 
 /// Lists changes: D for whiteouts, C for paths that exist in the base, A for others.

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::text::{self, Align};
 use crate::common::digest::{ChainId, DiffId, Digest};
 use crate::common::escape::{limited, text as escaped};
+use crate::image::packages::Packages;
 use crate::node::container::{Base, Container, IdMapping, Pod, Runtime};
 use crate::save::{NextKind, NextSave};
 
@@ -121,6 +122,8 @@ pub(crate) struct InspectView {
     pub(crate) next_save: Option<NextSave>,
     /// The reason why the next save would fail.
     pub(crate) next_save_error: Option<String>,
+    /// The packages that differ from those of the base, if they are asked for.
+    pub(crate) packages: Option<Packages>,
 }
 
 /// The proven base.
@@ -227,6 +230,7 @@ impl InspectView {
             not_saved,
             next_save: None,
             next_save_error: None,
+            packages: None,
         }
     }
 

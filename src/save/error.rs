@@ -54,6 +54,14 @@ pub enum Error {
         /// The reason.
         reason: String,
     },
+    /// An image cannot be read.
+    #[error("cannot read the image {name}: {reason}")]
+    ImageUnreadable {
+        /// Its reference or digest.
+        name: String,
+        /// The reason.
+        reason: String,
+    },
     /// The blob of a base layer was found nowhere, and its directory is not mounted either.
     #[error(
         "the base layer {diff_id} is neither in a local store or known registry nor unpacked on disk"
@@ -125,6 +133,7 @@ impl Error {
             | Self::Report { .. }
             | Self::PausedTooLong { .. }
             | Self::Unanswered { .. }
+            | Self::ImageUnreadable { .. }
             | Self::Worker => FailureKind::Final,
         }
     }

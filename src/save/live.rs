@@ -103,6 +103,7 @@ pub(super) async fn capture_live(
         report: trees::report(&now),
         pause: Some(pause),
         was_frozen,
+        scans: now.clone(),
         baselines: dirty.map(|dirty| Baseline::of_scans(now, &dirty)),
     }))
 }

@@ -13,8 +13,11 @@ mod mapped;
 mod named;
 mod next;
 mod outcome;
+pub(crate) mod packages;
 mod proofs;
 mod room;
+pub(crate) mod source;
+mod split;
 pub mod state_store;
 mod stream;
 mod tally;
@@ -31,6 +34,7 @@ use bytes::Bytes;
 use crate::common::digest::Digest;
 use crate::common::private_files::FileMode;
 use crate::image::manifest;
+use crate::image::packages::Packages;
 pub(crate) use crate::layer::Compression;
 use crate::layer::Layer;
 use crate::layer::scan::{Caps, Report, Scan};
@@ -57,6 +61,8 @@ pub(crate) use layer_size::split_plan;
 pub(crate) use live::MAX_PAUSE;
 pub(crate) use next::{Kind as NextKind, NextSave, NextSaveOptions, next_save};
 pub(crate) use outcome::Saved;
+pub use split::LayerSize;
+pub(crate) use split::split_plan;
 pub use upper::Rules;
 
 /// Attempts at a save whose layers were read under a freeze but could not be finished, if the error may pass.
@@ -297,6 +303,7 @@ async fn save(
         taken,
         delivered,
         image,
+        packages,
     } = made;
     earlier.keep(&context, &container, &target, &taken);
     let saved = outcome::saved(outcome::Parts {
@@ -307,6 +314,7 @@ async fn save(
         volumes: &volumes,
         base: &base,
         delivered,
+        packages,
         layers_above_base: earlier.layers(&taken).len(),
         taken,
         seconds: started.elapsed().as_secs_f64(),
@@ -348,6 +356,7 @@ struct Made {
     taken: CapturedTrees,
     delivered: Vec<Delivered>,
     image: manifest::Image,
+    packages: Packages,
 }
 
 /// Brings everything but the manifest to the destination. What is there already, and what is known to come, is compared
@@ -394,7 +403,12 @@ async fn make(context: &mut Context, of: &Of<'_>, again: bool) -> Result<Made, E
     warnings::emit(context, container, volumes, &taken);
 
     context.phase(Phase::Base);
-    let delivered = base::copy_missing(context, destination, container, base, of.layout).await?;
+    // Soon, before the container changes the files in question.
+    let (delivered, packages) = tokio::join!(
+        base::copy_missing(context, destination, container, base, of.layout),
+        packages::of_save(context, container, &taken.scans),
+    );
+    let (delivered, packages) = (delivered?, packages?);
 
     context.phase(Phase::Finishing);
     let image = assemble(options, base, &delivered, &earlier.layers(&taken))?;
@@ -409,6 +423,7 @@ async fn make(context: &mut Context, of: &Of<'_>, again: bool) -> Result<Made, E
         taken,
         delivered,
         image,
+        packages,
     })
 }
 
@@ -483,6 +498,8 @@ struct CapturedTrees {
     pause: Option<Duration>,
     /// Another program had paused the container, and it stays paused.
     was_frozen: bool,
+    /// The scans of the trees, of what is in the image.
+    scans: Vec<Arc<Scan>>,
     /// What the image contains of each tree, for the next save; `None` if that cannot be determined.
     baselines: Option<Vec<Baseline>>,
 }
@@ -591,6 +608,7 @@ async fn capture_once(
         report,
         pause,
         was_frozen,
+        scans,
         baselines,
     })
 }
@@ -637,6 +655,6 @@ fn assemble(
         author: options.author.as_deref(),
         message: options.message.as_deref(),
         created: options.timestamp.unwrap_or(now),
-        created_by: "upperdeck commit",
+        created_by: packages::CREATED_BY,
     })?)
 }

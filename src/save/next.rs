@@ -60,7 +60,7 @@ pub(crate) struct NextSave {
     pub(crate) layers: usize,
 }
 
-/// Examines the container as it is now. A delta needs the status of every entry, a full save a complete walk.
+/// Examines the container as it is now, and returns the scans of its trees, too. A delta needs the status of every entry, a full save a complete walk.
 ///
 /// Fails as a save would if the contents cannot be read.
 pub(crate) fn next_save(
@@ -69,7 +69,7 @@ pub(crate) fn next_save(
     base: &Base,
     question: &NextSaveOptions<'_>,
     cancel: &CancellationToken,
-) -> Result<NextSave, Error> {
+) -> Result<(NextSave, Vec<Arc<Scan>>), Error> {
     let volumes = trees::open(roots, container, question.volumes, question.volume_rules)?;
     let scan = |earlier: Option<&[Arc<Scan>]>| {
         let scans = trees::scan_all(
@@ -110,14 +110,15 @@ pub(crate) fn next_save(
                 let plans = trees::split_plans(trees::plans(changes, question.timestamp), None);
                 let layers = below + plans.len();
                 let reason = "the last save's image can be built on".to_owned();
-                return Ok(sum(Kind::Delta, reason, &plans, layers));
+                return Ok((sum(Kind::Delta, reason, &plans, layers), now));
             }
             "what changed cannot be said on top of the last save".to_owned()
         }
     };
-    let plans = trees::split_plans(trees::plans(scan(None)?, question.timestamp), None);
+    let now = scan(None)?;
+    let plans = trees::split_plans(trees::plans(now.clone(), question.timestamp), None);
     let layers = plans.len();
-    Ok(sum(Kind::Full, reason, &plans, layers))
+    Ok((sum(Kind::Full, reason, &plans, layers), now))
 }
 
 fn sum(kind: Kind, reason: String, plans: &[Plan], layers: usize) -> NextSave {

@@ -10,6 +10,7 @@ use crate::common::digest::{DiffId, Digest};
 use crate::common::escape;
 use crate::common::private_files::{self, FileMode};
 use crate::image::manifest::Image;
+use crate::image::packages::Packages;
 use crate::layer::content::Unstable;
 use crate::layer::scan::{Example, Report, Sample};
 use crate::node::container::{Base, Container, MountPoint, Pod, Runtime, Volume};
@@ -68,6 +69,8 @@ pub(crate) struct Metadata {
     /// Mount points of the volumes that were saved. The layers above the base contain them after the container's own
     /// changes.
     pub(crate) saved_volumes: Vec<PathBuf>,
+    /// The packages by which the image differs from its base.
+    pub(crate) packages: Packages,
     /// Duration of the whole save.
     pub(crate) seconds: f64,
 }
@@ -150,6 +153,7 @@ pub(super) struct Parts<'a> {
     pub(super) volumes: &'a [Volume],
     pub(super) base: &'a Base,
     pub(super) delivered: Vec<Delivered>,
+    pub(super) packages: Packages,
     pub(super) taken: CapturedTrees,
     pub(super) layers_above_base: usize,
     pub(super) seconds: f64,
@@ -164,6 +168,7 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
         volumes,
         base,
         delivered,
+        packages,
         taken,
         layers_above_base,
         seconds,
@@ -219,6 +224,7 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
             .map(VolumeOutcome::new)
             .collect(),
         saved_volumes: volumes.iter().map(|v| v.destination.clone()).collect(),
+        packages,
         seconds,
     };
     Saved {

@@ -26,6 +26,7 @@ mod libfuzzer;
 mod memory;
 mod mutate;
 mod nodes;
+mod packages;
 mod registries;
 mod states;
 mod words;
@@ -46,7 +47,7 @@ struct Target {
     mutations: u32,
 }
 
-const TARGETS: [Target; 10] = [
+const TARGETS: [Target; 11] = [
     target("archives", archives::run, 64 << 10, 300),
     target("database", database::run, 64 << 10, 200),
     target("deflate", deflate::run, 64 << 10, 30),
@@ -54,6 +55,7 @@ const TARGETS: [Target; 10] = [
     target("jobs", jobs::run, 8 << 10, 300),
     target("kernel", kernel::run, 8 << 10, 500),
     target("nodes", nodes::run, 64 << 10, 30),
+    target("packages", packages::run, 64 << 10, 200),
     target("registries", registries::run, 16 << 10, 30),
     target("states", states::run, 16 << 10, 500),
     target("words", words::run, 4 << 10, 200),

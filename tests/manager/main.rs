@@ -11,6 +11,7 @@ mod metrics;
 mod oidc;
 mod openapi;
 mod outage;
+mod packages;
 #[path = "../support/postgres.rs"]
 mod postgres;
 mod renaming;

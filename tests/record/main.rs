@@ -2,6 +2,7 @@
 //! concurrent writers.
 
 mod notices;
+mod packages;
 #[path = "../support/postgres.rs"]
 mod postgres;
 #[allow(dead_code, reason = "each test program uses its part")]

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueHint};
 
-use super::shared::{CONTENT, Choice, Format, InBackground, Memory, State};
+use super::shared::{CONTENT, Choice, Format, InBackground, Memory, Registry, State};
 
 pub(super) const PS_HELP: &str = "\
 Examples:
@@ -42,6 +42,14 @@ pub(super) const INSPECT_HELP: &str = "\
 Examples:
   upperdeck inspect jupyter/notebook-0
   upperdeck inspect --format json 3f2a | jq .base.layers
+  upperdeck inspect --packages jupyter/notebook-0
+      What pip, conda, apt, R and npm added to the base.
+  upperdeck inspect --packages registry.example.org/alice/lab:monday
+  upperdeck inspect --packages oci:/srv/images:tue \\
+      --since oci:/srv/images:mon
+
+--packages reads the files in which package managers record packages; nothing is run. An image's packages are compared
+with those of its layers that no save made (--since: with another image's); all layers are read for it.
 
 JSON: one object with the fields of 'ps' and
   base         {name, manifest_digest, config_digest, proof, layers}, or null if it cannot be proven;
@@ -62,15 +70,28 @@ JSON: one object with the fields of 'ps' and
                The save is full anyway if the destination no longer has the layers of the last one.
   next_save_error
                why such a save would fail, or null
+  packages     with --packages: {packages, more, unread, unread_more, notes}, else null
+               packages [{manager, name, change, version, previous, location}], where change is added, removed
+                        or changed, and manager conda, pip, r, npm, dpkg or apk
+               more     how many are not listed
+               unread   files that could not be read: [{path, reason}]; unread_more how many are not listed
+               notes    what else limits the list
+               Of an image: one object with image, digest, since and packages.
 Paths are text: a byte that is not UTF-8 is \\xNN, a control character \\u{N}, a backslash \\\\.";
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Inspect {
-    /// ID or unique prefix of one, name, NAMESPACE/POD[/CONTAINER], or pid:N (trusts the process's mount table: for administrators)
+    /// ID or unique prefix of one, name, NAMESPACE/POD[/CONTAINER], or pid:N (trusts the process's mount table: for administrators). With --packages also an image: HOST/REPOSITORY[:TAG], oci:DIRECTORY[:TAG] or oci-archive:FILE[:TAG]
     pub(in crate::cli) container: String,
     /// Output format
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(in crate::cli) format: Format,
+    /// List the packages that differ from those of the base
+    #[arg(long)]
+    pub(in crate::cli) packages: bool,
+    /// List the packages of an image that differ from those of IMAGE
+    #[arg(long, value_name = "IMAGE", requires = "packages")]
+    pub(in crate::cli) since: Option<String>,
     /// Base image of a pid:N
     #[arg(long, value_name = "IMAGE")]
     pub(in crate::cli) base: Option<String>,
@@ -85,6 +106,8 @@ pub(in crate::cli) struct Inspect {
     pub(in crate::cli) background: InBackground,
     #[command(flatten)]
     pub(in crate::cli) memory: Memory,
+    #[command(flatten)]
+    pub(in crate::cli) registry: Registry,
 }
 
 pub(super) const DIFF_HELP: &str = "\

@@ -48,7 +48,8 @@ Examples:
   upperdeck validate layer.tar.gz --against fixtures/whiteouts/expected
   upperdeck validate oci:/srv/images:mon --against fixtures/whiteouts/expected
 
-Prints the first differences. The exit code is 1 if there are any.";
+The language of specifications is described in docs/validate.md. Prints the first differences. The exit code is 1 if there
+are any.";
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct Validate {

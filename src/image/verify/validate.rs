@@ -491,6 +491,22 @@ mod tests {
     }
 
     #[test]
+    fn the_examples_of_the_documentation_are_valid() -> Result<(), Box<dyn std::error::Error>> {
+        let text = include_str!("../../../docs/validate.md");
+        let examples: Vec<&str> = text.split("```").skip(1).step_by(2).collect();
+        assert_eq!(examples.len(), 3);
+        for example in examples {
+            let expected = Expected::parse(example)?;
+            assert!(!expected.items.is_empty(), "{example}");
+            assert_eq!(expected.tree, example.contains("@tree"));
+            if expected.tree {
+                text::tree(&expected.items)?;
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
     fn the_end_of_the_tar_counts_and_the_list_is_bounded() -> Result<(), Box<dyn std::error::Error>>
     {
         let mut tar = archive();

@@ -46,7 +46,7 @@ const MAX_CREDS: u64 = 16 << 10;
 /// Time limit of an inspection. It takes as long as a walk of the session's tree on idle CPU time.
 const INSPECT_TIMEOUT: Duration = Duration::from_secs(300);
 /// Maximum size in bytes of the output of `inspect`; a larger output is not genuine.
-const MAX_INSPECT_OUTPUT: u64 = 1 << 20;
+const MAX_INSPECT_OUTPUT: u64 = 8 << 20;
 /// Time from SIGTERM to SIGKILL.
 const GRACE: Duration = Duration::from_secs(10);
 /// Time from SIGKILL until the child is given up: a process that waits in the kernel for a response that never comes
@@ -410,7 +410,7 @@ pub(super) async fn inspect(
 ) -> Option<Vec<u8>> {
     let mut command = Command::new(&options.program);
     let mut flags = roots_flags(&options.roots);
-    flags.extend(["inspect", "--format=json"].map(Into::into));
+    flags.extend(["inspect", "--format=json", "--packages"].map(Into::into));
     flags.extend(background_flags(options));
     let group = format!("look-{}", JobId::new());
     flags.extend(memory_flags(options, &group));

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use super::kind;
 use super::options::Options;
 use crate::common::escape;
+use crate::image::packages::Packages;
 use crate::node::container::{self, Container, MountPoint, Runtime};
 use crate::service::job::{NextSave, Session, Unsaved};
 
@@ -19,6 +20,9 @@ const MAX_PROBLEM: usize = 500;
 /// Maximum number of mounts that are listed per session, and of bytes in all their names.
 const MAX_MOUNTS: usize = 64;
 const MAX_MOUNT_BYTES: usize = 16 << 10;
+/// Maximum number of packages that are listed per session, and of bytes in all their texts.
+const MAX_PACKAGES: usize = 200;
+const MAX_PACKAGE_BYTES: usize = 8 << 10;
 /// Maximum length of a name in characters.
 const MAX_NAME: usize = 256;
 
@@ -99,7 +103,9 @@ impl Inventory {
     }
 
     /// Stores the result of an inspection; the default value if it failed.
-    pub(super) fn set_inspection(&self, id: &str, found: Inspection) {
+    pub(super) fn set_inspection(&self, id: &str, mut found: Inspection) {
+        let packages = found.packages.take();
+        found.packages = packages.map(|all| all.sanitised(MAX_PACKAGES, MAX_PACKAGE_BYTES));
         let mut state = self.state();
         state
             .inspected
@@ -124,6 +130,7 @@ impl State {
         if let Some((found, _)) = self.inspected.get(&session.id) {
             session.upper_bytes = found.upper.bytes;
             session.upper_entries = found.upper.entries;
+            session.packages.clone_from(&found.packages);
             session.next = found.next_save.as_ref().map(|next| NextSave {
                 delta: next.kind == "delta",
                 bytes: Some(next.bytes),
@@ -140,6 +147,8 @@ pub(super) struct Inspection {
     upper: Upper,
     #[serde(default)]
     next_save: Option<Next>,
+    #[serde(default)]
+    packages: Option<Packages>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -178,6 +187,7 @@ fn session(options: &Options, container: &Container) -> Session {
         upper_bytes: None,
         upper_entries: None,
         next: None,
+        packages: None,
         unsaved,
         unsaved_more: more,
         problem: container.mounts_cut.then(|| {

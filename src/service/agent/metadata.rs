@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::image::packages::Packages;
 use crate::service::job::Saved;
 
 /// Maximum size of the metadata file in bytes; a larger one was not written by `commit`.
@@ -75,19 +76,32 @@ impl Metadata {
     }
 }
 
+/// Reads the list of packages from the metadata file; `None` if it has none.
+pub(super) fn read_packages(path: &Path) -> Option<Packages> {
+    #[derive(Deserialize)]
+    struct Listed {
+        packages: Packages,
+    }
+    let listed: Listed = serde_json::from_slice(&bounded(path)?).ok()?;
+    Some(listed.packages)
+}
+
+/// Reads a file that is not larger than a metadata file can be.
+fn bounded(path: &Path) -> Option<Vec<u8>> {
+    let size = std::fs::metadata(path).ok()?.len();
+    if size > MAX_METADATA {
+        return None;
+    }
+    std::fs::read(path).ok()
+}
+
 /// Reads the metadata file. If that is not possible, falls back to the child's final event, without sizes.
 pub(super) fn read_saved(
     path: &Path,
     told: Option<(String, String)>,
     took: Duration,
 ) -> Option<Saved> {
-    let read = || {
-        let size = std::fs::metadata(path).ok()?.len();
-        if size > MAX_METADATA {
-            return None;
-        }
-        serde_json::from_slice::<Metadata>(&std::fs::read(path).ok()?).ok()
-    };
+    let read = || serde_json::from_slice::<Metadata>(&bounded(path)?).ok();
     if let Some(metadata) = read() {
         return Some(metadata.saved());
     }

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::Agent;
 use super::child::{self, Child};
 use super::kind;
-use super::metadata::read_saved;
+use super::metadata::{read_packages, read_saved};
 use super::refusal::{Refusal, event_for_users, refusal_of, too_much_memory};
 use super::reporter::Reporter;
 use super::spool::{ChildRecord, JobFile};
@@ -358,6 +358,9 @@ async fn attempt(
             final_event.saved,
             begun.elapsed(),
         );
+        if let Some(packages) = read_packages(&agent.spool.file(order.job, JobFile::Metadata)) {
+            reporter.send(Update::Packages { packages }).await;
+        }
         return match saved {
             Some(saved) => AttemptEnd::Outcome(Outcome::Succeeded { saved }),
             None => AttemptEnd::Outcome(

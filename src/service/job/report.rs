@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::{Code, Event, JobId};
+use crate::image::packages::Packages;
 
 /// One report. A manager accepts it only if `fence` is the highest of the job so far, and accepts each `seq` once.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -38,6 +39,11 @@ pub enum Update {
         /// The event as the child emitted it.
         #[serde(rename = "child")]
         event: Event,
+    },
+    /// The packages by which the image that is saved differs from its base. Sent before the end.
+    Packages {
+        /// The list, shortened.
+        packages: Packages,
     },
     /// The agent returned the job unfinished, because it is draining or because no manager confirmed the job in time.
     GivenBack {

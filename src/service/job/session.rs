@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::JobId;
+use crate::image::packages::Packages;
 
 /// Kind of application that a session runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize, ToSchema)]
@@ -65,6 +66,9 @@ pub struct Session {
     /// Number of mounts that are left out of `unsaved` because there are too many. A lower bound.
     #[serde(default)]
     pub unsaved_more: u64,
+    /// The packages that differ from those of the base, shortened; absent if the session has not been looked at yet.
+    #[serde(default)]
+    pub packages: Option<Packages>,
     /// Why the data are incomplete, or why the session cannot be saved.
     #[serde(default)]
     pub problem: Option<String>,

@@ -18,6 +18,7 @@ use super::api::{Deleted, ImageTag, ImageView, Images as Shown, Quota};
 use super::auth::Caller;
 use super::extract::{Path, QueryParams};
 use super::notes::{annotate, check_unpinned};
+use super::packages::retain_with;
 use super::paging::{LIMIT, Listed, cut, limit};
 use super::refusal::Refusal;
 use super::target::Template;
@@ -27,7 +28,7 @@ use crate::service::job::Category;
 use crate::service::record::{ImageKey, Save};
 use crate::store::harbor::{Harbor, QuotaUsage, rights};
 use crate::store::images::{
-    self, ImageEntry, ImageSelector, Images, LayoutImages, MAX_PAGE_SIZE, Query, Sort,
+    self, ImageEntry, ImageSelector, Images, LayoutImages, MAX_PAGE_SIZE, Query, Sort, all_images,
 };
 use crate::store::layout::Directory;
 use crate::store::registry::{Access, Registries};
@@ -328,26 +329,6 @@ impl ImageStore {
     }
 }
 
-async fn all_images(
-    images: &dyn Images,
-    repository: &str,
-) -> Result<Vec<ImageEntry>, images::Error> {
-    let mut all = Vec::new();
-    let mut query = Query {
-        page_size: MAX_PAGE_SIZE,
-        ..Query::default()
-    };
-    loop {
-        let page = images.images(repository, &query).await?;
-        let last = page.items.len() < MAX_PAGE_SIZE as usize;
-        all.extend(page.items);
-        if last {
-            return Ok(all);
-        }
-        query.page += 1;
-    }
-}
-
 /// Sort order.
 #[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -380,6 +361,8 @@ pub(super) struct ImagesQuery {
     user: Option<String>,
     /// Only images with this text in the name, a tag or the message; at most 100 characters.
     search: Option<String>,
+    /// Only images with this package, as `NAME` or `NAME==VERSION`, that their bases do not have in this version.
+    package: Option<String>,
     #[param(inline)]
     sort: Option<Order>,
     /// Only images of sessions in this category.
@@ -493,6 +476,9 @@ pub(super) async fn images(
         super::target::component(user)?;
     }
     let mut views = list_views(&app, user.as_deref()).await?;
+    if let Some(text) = &asked.package {
+        retain_with(&app, user.as_deref(), text, &mut views).await?;
+    }
     let category = match asked.category {
         Some(CategoryOrAny::Cpu) => Some(Category::Cpu),
         Some(CategoryOrAny::Gpu) => Some(Category::Gpu),

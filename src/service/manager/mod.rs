@@ -24,6 +24,7 @@ mod notes;
 mod notify;
 mod oidc;
 mod options;
+mod packages;
 mod paging;
 mod problem;
 mod refusal;

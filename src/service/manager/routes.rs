@@ -23,7 +23,7 @@ use super::extract::RequestGuard;
 use super::refusal::Refusal;
 use super::{
     App, api, conditional, describe, docs, events, feed, hurry, images, inventory, notify, oidc,
-    paging, rename, saves, sharing, signin, status,
+    packages, paging, rename, saves, sharing, signin, status,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -81,6 +81,8 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(saves::requeue))
         .routes(routes!(hurry::hurry))
         .routes(routes!(saves::audit))
+        .routes(routes!(packages::of_save))
+        .routes(routes!(packages::of_session))
         .routes(routes!(saves::dead))
         .routes(routes!(notify::notify))
         .routes(routes!(images::images))

@@ -222,6 +222,7 @@ fn truncated_session(session: &Session) -> Cow<'_, Session> {
         upper_bytes: session.upper_bytes,
         upper_entries: session.upper_entries,
         next: session.next.clone(),
+        packages: session.packages.clone().map(|list| list.limited(0, 0)),
     })
 }
 

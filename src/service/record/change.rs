@@ -100,6 +100,12 @@ impl Record {
                     if !is_new(&mut work, report).await? {
                         continue;
                     }
+                    // That of an agent which has lost the save describes another image.
+                    if let Update::Packages { packages } = &report.update
+                        && report.fence >= draft.save().fence
+                    {
+                        super::packages::keep(&mut work, *id, packages).await?;
+                    }
                     draft.apply_report(report, policy, rand::random());
                     actor = &report.node;
                 }

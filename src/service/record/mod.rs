@@ -9,6 +9,7 @@ mod change;
 mod images;
 mod notice;
 mod outbox;
+mod packages;
 mod reach;
 mod receiver;
 mod save;

@@ -5,7 +5,9 @@ use sqlx::{AnyPool, Row as _};
 use super::Error;
 
 /// The statements that migrate the schema from one version to the next. Released entries must never be changed.
-const VERSIONS: [&[&str]; 6] = [FIRST, SIGN_INS, IMAGES, NOTICES, SESSIONS, PROVIDER];
+const VERSIONS: [&[&str]; 7] = [
+    FIRST, SIGN_INS, IMAGES, NOTICES, SESSIONS, PROVIDER, PACKAGES,
+];
 
 const FIRST: &[&str] = &[
     // Columns that queries use, and the whole save as JSON in `body`. Progress changes without a new version.
@@ -179,6 +181,23 @@ const PROVIDER: &[&str] = &[
         flow TEXT PRIMARY KEY,
         until_ms INT8 NOT NULL
     )",
+];
+
+const PACKAGES: &[&str] = &[
+    // The packages by which the image of a save differs from its base: the list as JSON, and an index of those that the
+    // image has, for searches.
+    "CREATE TABLE package_lists (
+        save TEXT PRIMARY KEY,
+        body TEXT NOT NULL
+    )",
+    "CREATE TABLE packages (
+        save TEXT NOT NULL,
+        place INT8 NOT NULL,
+        name TEXT NOT NULL,
+        version TEXT NOT NULL,
+        PRIMARY KEY (save, place)
+    )",
+    "CREATE INDEX packages_by_name ON packages (name, version)",
 ];
 
 /// Takes an advisory lock for the migration. The number is arbitrary.

@@ -300,6 +300,8 @@ impl Record {
             "audit",
             "outbox",
             "notices",
+            "packages",
+            "package_lists",
             "idempotency",
         ];
         for table in tables {

@@ -585,6 +585,27 @@ impl ImageLocation {
     }
 }
 
+/// Returns all images of a repository.
+pub(crate) async fn all_images(
+    images: &dyn Images,
+    repository: &str,
+) -> Result<Vec<ImageEntry>, Error> {
+    let mut all = Vec::new();
+    let mut query = Query {
+        page_size: MAX_PAGE_SIZE,
+        ..Query::default()
+    };
+    loop {
+        let page = images.images(repository, &query).await?;
+        let last = page.items.len() < MAX_PAGE_SIZE as usize;
+        all.extend(page.items);
+        if last {
+            return Ok(all);
+        }
+        query.page += 1;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -244,7 +244,10 @@ impl Draft {
                 }
             }
             Update::Ended { outcome } => self.ended(outcome, current, policy, chance),
-            Update::Assigned | Update::Started | Update::GivenBack { .. } => {}
+            Update::Assigned
+            | Update::Started
+            | Update::GivenBack { .. }
+            | Update::Packages { .. } => {}
         }
     }
 
