@@ -17,7 +17,6 @@ pub(crate) mod packages;
 mod proofs;
 mod room;
 pub(crate) mod source;
-mod split;
 pub mod state_store;
 mod stream;
 mod tally;
@@ -61,8 +60,6 @@ pub(crate) use layer_size::split_plan;
 pub(crate) use live::MAX_PAUSE;
 pub(crate) use next::{Kind as NextKind, NextSave, NextSaveOptions, next_save};
 pub(crate) use outcome::Saved;
-pub use split::LayerSize;
-pub(crate) use split::split_plan;
 pub use upper::Rules;
 
 /// Attempts at a save whose layers were read under a freeze but could not be finished, if the error may pass.

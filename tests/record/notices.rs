@@ -146,20 +146,10 @@ fn the_sessions_seen_last_are_kept_of_each_node() -> Outcomes {
             id: id.to_owned(),
             node: node.to_owned(),
             owner: Some("alice".into()),
-            namespace: None,
-            pod: None,
             container: Some("nb".into()),
             runtime: "docker".into(),
-            kind: Kind::Other,
-            category: Category::Cpu,
-            image: None,
             started_ms: 1,
-            upper_bytes: None,
-            upper_entries: None,
-            next: None,
-            unsaved: Vec::new(),
-            unsaved_more: 0,
-            problem: None,
+            ..Session::default()
         };
         let (a, b, c) = (session("a", "n1"), session("b", "n1"), session("c", "n2"));
         let before = upperdeck::service::job::now_ms();

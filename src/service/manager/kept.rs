@@ -97,20 +97,8 @@ mod tests {
             id: id.to_owned(),
             node: "n1".into(),
             owner: Some("alice".into()),
-            namespace: None,
-            pod: None,
-            container: None,
-            runtime: "containerd".into(),
-            kind: crate::service::job::Kind::Other,
-            category: crate::service::job::Category::Cpu,
-            image: None,
-            started_ms: 0,
             upper_bytes: Some(bytes),
-            upper_entries: None,
-            next: None,
-            unsaved: Vec::new(),
-            unsaved_more: 0,
-            problem: None,
+            ..Session::default()
         };
         let kept = KeptSessions::default();
         let due = |sessions: &[Session]| kept.due(&[("n1", sessions.to_vec())].into());
