@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use redis::{Value, cmd};
+use rustix::process::Signal;
 use upperdeck::service::job::{JobId, Update};
 use upperdeck::service::queue::{ClaimState, Error, Limits, Offered, Queue};
 
@@ -234,5 +235,35 @@ async fn many_restarts_leave_nothing_behind() -> Outcome {
         .query_async(&mut redis)
         .await?;
     assert_eq!(entries, 0);
+    Ok(())
+}
+
+/// A server that is stopped accepts connections and does not answer. It costs one call its time limit, not each.
+#[tokio::test]
+async fn a_server_that_hangs_holds_up_one_call_at_a_time() -> Outcome {
+    let Some(server) = Server::start(&[]) else {
+        return Ok(());
+    };
+    let queue = server.queue(NO_LIMITS, &settings());
+    queue
+        .heartbeat(&node("n1"), Some(&[session("n1", "aa")]))
+        .await?;
+    server.signal(Signal::STOP);
+    assert!(queue.sessions().await.is_err());
+    // Each would take five seconds by itself.
+    let many = async {
+        for _ in 0..200 {
+            assert!(queue.sessions().await.is_err());
+            assert!(queue.places(&[JobId::new()]).await.is_err());
+        }
+    };
+    let in_time = tokio::time::timeout(Duration::from_secs(300), many).await;
+    server.signal(Signal::CONT);
+    in_time?;
+    assert_eq!(
+        again(|| queue.sessions()).await?,
+        [session("n1", "aa")],
+        "it answers again"
+    );
     Ok(())
 }

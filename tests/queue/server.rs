@@ -70,6 +70,16 @@ impl Server {
         }
     }
 
+    /// Stops or continues the server's process.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = self
+            .child
+            .as_ref()
+            .map(rustix::process::Pid::from_child)
+            .unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
     /// Kills the server without warning, as a power failure would.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {

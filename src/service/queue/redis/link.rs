@@ -1,8 +1,12 @@
 //! Connections to Redis: one that all calls share and that reconnects by itself, and one for each blocking call, so
 //! that no call has to wait behind a blocking one. Error messages do not contain the secrets of the URL.
+//!
+//! A server that accepts connections and does not answer (stopped, or swapping) costs one call its time limit: until it
+//! answers again, one call at a time tries it, and all others fail at once.
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use redis::aio::{ConnectionManager, ConnectionManagerConfig, MultiplexedConnection};
 use redis::{
@@ -17,7 +21,9 @@ use super::Error;
 /// Time limit for establishing a connection.
 const CONNECT: Duration = Duration::from_secs(5);
 /// Time limit for a response, in addition to the time that the call blocks.
-const ANSWER: Duration = Duration::from_secs(10);
+const ANSWER: Duration = Duration::from_secs(5);
+/// Time between two calls that try whether a silent server answers again.
+const RETRY: Duration = Duration::from_secs(1);
 /// Maximum number of idle connections that are kept for blocking calls.
 const IDLE: usize = 256;
 
@@ -33,6 +39,29 @@ struct Inner {
     password: Option<Zeroizing<String>>,
     shared: OnceCell<ConnectionManager>,
     idle: Mutex<Vec<MultiplexedConnection>>,
+    silence: Mutex<Silence>,
+}
+
+/// What is known of a server that does not answer.
+#[derive(Default)]
+struct Silence {
+    /// When a call last ran into its time limit, with none answered since.
+    at: Option<Instant>,
+    /// Whether a call is trying whether it answers again.
+    tried: bool,
+}
+
+/// The call that tries whether a silent server answers again.
+struct Trial<'a>(&'a Mutex<Silence>);
+
+impl Drop for Trial<'_> {
+    fn drop(&mut self) {
+        held(self.0).tried = false;
+    }
+}
+
+fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Connection {
@@ -68,6 +97,7 @@ impl Connection {
             password,
             shared: OnceCell::new(),
             idle: Mutex::default(),
+            silence: Mutex::default(),
         })))
     }
 
@@ -100,28 +130,52 @@ impl Connection {
         self.0.shared.get_or_try_init(make).await.cloned()
     }
 
+    /// Makes a call, unless the server is silent and another call tries it already.
+    async fn unless_silent<T>(
+        &self,
+        call: impl Future<Output = Result<T, RedisError>>,
+    ) -> Result<T, RedisError> {
+        let silence = &self.0.silence;
+        let trial = {
+            let mut silence = held(silence);
+            match silence.at {
+                None => None,
+                Some(at) if !silence.tried && at.elapsed() >= RETRY => {
+                    silence.tried = true;
+                    Some(Trial(&self.0.silence))
+                }
+                Some(_) => {
+                    let reason = "it does not answer";
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, reason).into());
+                }
+            }
+        };
+        let answer = call.await;
+        let silent = answer.as_ref().is_err_and(RedisError::is_timeout);
+        held(silence).at = silent.then(Instant::now);
+        drop(trial);
+        answer
+    }
+
     /// Runs a script and returns its result.
     pub(super) async fn run<T: FromRedisValue>(
         &self,
         call: &ScriptInvocation<'_>,
     ) -> Result<T, Error> {
-        let answer = async {
-            let mut shared = self.shared().await?;
-            call.invoke_async(&mut shared).await
+        let invoke = || {
+            self.unless_silent(async {
+                let mut shared = self.shared().await?;
+                call.invoke_async(&mut shared).await
+            })
         };
-        match answer.await {
-            Err(error) if is_wrong_kind(&error) => {
-                self.reset_wrong_types()
-                    .await
-                    .map_err(|error| self.to_error(&error))?;
-                let again = async {
-                    let mut shared = self.shared().await?;
-                    call.invoke_async(&mut shared).await
-                };
-                again.await.map_err(|error| self.to_error(&error))
-            }
-            answer => answer.map_err(|error| self.to_error(&error)),
-        }
+        let answer = match invoke().await {
+            Err(error) if is_wrong_kind(&error) => match self.reset_wrong_types().await {
+                Ok(()) => invoke().await,
+                Err(error) => Err(error),
+            },
+            answer => answer,
+        };
+        answer.map_err(|error| self.to_error(&error))
     }
 
     /// Runs a command and returns its response.
@@ -133,15 +187,19 @@ impl Connection {
 
     /// Does the same as [`Connection::ask`], but returns the client's error.
     pub(super) async fn send<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, RedisError> {
-        let mut shared = self.shared().await?;
-        let answer = command.query_async(&mut shared).await;
-        if let Err(error) = &answer
-            && is_wrong_kind(error)
-        {
-            self.reset_wrong_types().await?;
-            return command.query_async(&mut shared).await;
+        let query = || {
+            self.unless_silent(async {
+                let mut shared = self.shared().await?;
+                command.query_async(&mut shared).await
+            })
+        };
+        match query().await {
+            Err(error) if is_wrong_kind(&error) => {
+                self.reset_wrong_types().await?;
+                query().await
+            }
+            answer => answer,
         }
-        answer
     }
 
     /// Runs a command that blocks up to `wait` and returns its response.
@@ -184,8 +242,8 @@ impl Connection {
             .await
     }
 
-    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<MultiplexedConnection>> {
-        self.0.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    fn idle(&self) -> MutexGuard<'_, Vec<MultiplexedConnection>> {
+        held(&self.0.idle)
     }
 
     /// Deletes keys of the queue that have another type than the queue gives them, because no command could use them.
