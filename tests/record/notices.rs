@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use upperdeck::service::job::{Category, Kind, Session, Update};
+use upperdeck::service::job::{Session, Update};
 use upperdeck::service::record::{Receiver, ReceiverKind, Record, Save, SaveEvent};
 
 use crate::{Outcomes, POLICY, accept, done, on_both, report, save};
