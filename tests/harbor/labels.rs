@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::refusals::rights_without;
 use super::saves::{command, container};
-use super::{Lab, Outcome};
+use super::{Lab, Outcome, image, save as put};
 
 /// The rights for labels, beside those of a save.
 const FOR_LABELS: [(&str, &str); 3] = [
@@ -59,5 +59,49 @@ async fn images_get_labels_of_their_project() -> Outcome {
     let text = save(&unable, "third").await;
     assert!(text.contains("labels_missing"), "{text}");
     assert_eq!(labels_of(&lab, &project, "third").await, BTreeSet::new());
+    lab.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_label_is_found_among_many_that_contain_its_name() -> Outcome {
+    let lab = Lab::start().await?;
+    let project = lab.project(None).await;
+    let id = lab.project_id(&project).await;
+    let make = async |name: String| {
+        let label = json!({"name": name, "scope": "p", "project_id": id});
+        assert_eq!(lab.ask("POST", "/labels", &label).await.0, 201, "{name}");
+    };
+    make("cpu".to_owned()).await;
+    // The newest come first, ten a page unless more are asked for, and at most 100.
+    for n in 0..105 {
+        make(format!("cpu-{n}")).await;
+    }
+    let destination = lab.to(&format!("{project}/x"));
+    let image = image("labelled", 100);
+    put(&destination, &image, "1").await?;
+    let names = ["cpu".to_owned(), "gpu".to_owned()];
+    destination.add_labels(&image.digest(), &names).await?;
+    let wanted = BTreeSet::from(names);
+    assert_eq!(labels_of(&lab, &project, "1").await, wanted);
+    lab.end().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_label_that_cannot_be_put_does_not_keep_the_others_away() -> Outcome {
+    let lab = Lab::start().await?;
+    let project = lab.project(None).await;
+    let destination = lab.to(&format!("{project}/x"));
+    let image = image("labelled too", 100);
+    put(&destination, &image, "1").await?;
+    // Harbor takes no label without a name.
+    let names = [String::new(), "gpu".to_owned()];
+    assert!(
+        destination
+            .add_labels(&image.digest(), &names)
+            .await
+            .is_err()
+    );
+    let wanted = BTreeSet::from(["gpu".to_owned()]);
+    assert_eq!(labels_of(&lab, &project, "1").await, wanted);
     lab.end().await
 }

@@ -3,9 +3,12 @@
 use serde::Deserialize;
 use serde_json::json;
 
-use super::{BASE, Error, Harbor, escaped, push, repository_path, split};
+use super::{BASE, Error, Harbor, MAX_PAGE_SIZE, escaped, push, repository_path, split};
 use crate::common::digest::Digest;
 use crate::store::registry::Repository;
+
+/// Maximum number of pages of labels that contain a word. A project with more has them from a program that went wrong.
+const MAX_PAGES: u32 = 50;
 
 /// A label of a project.
 #[derive(Deserialize)]
@@ -14,8 +17,8 @@ struct ProjectLabel {
     name: String,
 }
 
-/// Puts labels of its project on an image, and creates those that the project lacks. Does nothing if the registry is
-/// not a Harbor. Needs the rights `label:list`, `label:create` and `artifact-label:create`.
+/// Puts labels of its project on an image, and creates those that the project lacks. All are tried; fails with the
+/// error of the first that is not there. Does nothing if the registry is not a Harbor. Needs the rights `label:list`, `label:create` and `artifact-label:create`.
 pub(crate) async fn add_labels(
     repository: &Repository,
     digest: &Digest,
@@ -35,36 +38,57 @@ pub(crate) async fn add_labels(
         repository_path(project, name),
         escaped(&digest.to_string())
     );
+    let mut failed = None;
     for wanted in names {
-        let label = json!({"id": harbor.label(id, wanted).await?});
-        // A conflict means that the image has the label.
-        harbor.api.post(&labels, &label, &[409]).await?;
+        if let Err(error) = harbor.put_label(id, wanted, &labels).await {
+            // The others are tried all the same.
+            failed.get_or_insert(error);
+        }
     }
-    Ok(())
+    failed.map_or(Ok(()), Err)
 }
 
 impl Harbor {
+    /// Puts a label of a project on the image whose labels are at the path `labels`.
+    async fn put_label(&self, project: u64, name: &str, labels: &str) -> Result<(), Error> {
+        let label = json!({"id": self.label(project, name).await?});
+        // A conflict means that the image has the label.
+        self.api.post(labels, &label, &[409]).await?;
+        Ok(())
+    }
+
     /// Returns the ID of a project's label, which is created if it does not exist.
-    async fn label(&self, project: u64, name: &str) -> Result<Option<u64>, Error> {
+    async fn label(&self, project: u64, name: &str) -> Result<u64, Error> {
         if let Some(id) = self.find_label(project, name).await? {
-            return Ok(Some(id));
+            return Ok(id);
         }
         let label = json!({"name": name, "scope": "p", "project_id": project});
         // A conflict means that another save has created it meanwhile.
         let path = format!("{BASE}/labels");
         self.api.post(&path, &label, &[409]).await?;
-        self.find_label(project, name).await
+        let found = self.find_label(project, name).await?;
+        found.ok_or_else(|| Error::NoLabel {
+            host: self.host().to_owned(),
+            label: name.to_owned(),
+        })
     }
 
     /// Returns the ID of a project's label, or `None` if there is none.
     async fn find_label(&self, project: u64, name: &str) -> Result<Option<u64>, Error> {
-        let path = format!(
-            "{BASE}/labels?scope=p&project_id={project}&name={}",
-            escaped(name)
-        );
-        // The search also finds names that only contain the word.
-        let found = self.page::<ProjectLabel>(&path).await?.items;
-        let label = found.into_iter().find(|label| label.name == name);
-        Ok(label.map(|label| label.id))
+        for page in 1..=MAX_PAGES {
+            let path = format!(
+                "{BASE}/labels?scope=p&project_id={project}&name={}&page={page}&page_size={MAX_PAGE_SIZE}",
+                escaped(name)
+            );
+            // The search also finds names that only contain the word.
+            let found = self.page::<ProjectLabel>(&path).await?.items;
+            if let Some(label) = found.iter().find(|label| label.name == name) {
+                return Ok(Some(label.id));
+            }
+            if found.len() < MAX_PAGE_SIZE as usize {
+                break;
+            }
+        }
+        Ok(None)
     }
 }

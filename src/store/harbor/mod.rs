@@ -117,6 +117,14 @@ pub enum Error {
         /// Name of the user or robot.
         user: String,
     },
+    /// A label cannot be found, although it exists or was created.
+    #[error("{host} does not list the label {label:?} of the project")]
+    NoLabel {
+        /// `HOST[:PORT]`.
+        host: String,
+        /// Name of the label.
+        label: String,
+    },
     /// A search term with characters that are special in Harbor's query language.
     #[error("{0:?} cannot be searched for: letters, digits and . _ - / only")]
     Search(String),
@@ -184,7 +192,7 @@ impl Error {
     pub(crate) fn not_permitted(&self) -> bool {
         match self {
             Self::Registry(e) => e.not_permitted(),
-            Self::Search(_) => false,
+            Self::Search(_) | Self::NoLabel { .. } => false,
             _ => true,
         }
     }
@@ -199,7 +207,10 @@ impl Error {
             Self::NotSigned { .. } => Some(Denial::NotSigned.code()),
             Self::Account { user, .. } if is_robot(user) => Some("robot_refused"),
             Self::Account { .. } => Some("credentials_refused"),
-            Self::NoProject { .. } | Self::ProxyCache { .. } | Self::Search(_) => None,
+            Self::NoProject { .. }
+            | Self::ProxyCache { .. }
+            | Self::NoLabel { .. }
+            | Self::Search(_) => None,
         }
     }
 }

@@ -262,6 +262,9 @@ impl State {
     }
 
     fn make_label(&mut self, body: &Value, scope: &str, project: Option<u64>) -> Response {
+        if body["name"].as_str().is_none_or(str::is_empty) {
+            return errors(400, "BAD_REQUEST", "label name is empty");
+        }
         let taken = self.labels.values().any(|label| {
             label["name"] == body["name"]
                 && label["scope"] == *scope
