@@ -18,7 +18,7 @@ use super::refusal::Refusal;
 use super::saves::check_message;
 use super::target::component;
 use crate::common::digest::Digest;
-use crate::service::record::ImageKey;
+use crate::service::record::{ImageKey, NoteChange};
 
 /// Maximum number of users with whom an image is shared, and of groups.
 const MAX_SHARED: usize = 50;
@@ -147,25 +147,23 @@ pub(super) async fn change(
     }
     let mut found = find(&app, &key).await?;
     check_unchanged(&headers, &found)?;
-    let mut note = app.record.note(&key).await?;
-    if let Some(description) = body.description {
-        note.description = Some(description).filter(|text| !text.is_empty());
-    }
-    note.pinned = body.pinned.unwrap_or(note.pinned);
-    if let Some(shared) = body.shared {
-        note.shared = shared
-            .into_iter()
-            .filter(|with| *with != key.user)
-            .collect();
-        note.shared.sort();
-        note.shared.dedup();
-    }
-    if let Some(mut groups) = body.shared_groups {
-        groups.sort();
-        groups.dedup();
-        note.groups = groups;
-    }
-    app.record.set_note(&key, &note).await?;
+    let sorted = |mut names: Vec<String>| {
+        names.sort();
+        names.dedup();
+        names
+    };
+    let shared = body.shared.map(|mut shared| {
+        shared.retain(|with| *with != key.user);
+        sorted(shared)
+    });
+    let change = NoteChange {
+        description: body.description,
+        pinned: body.pinned,
+        shared,
+        groups: body.shared_groups.map(sorted),
+    };
+    app.record.change_note(&key, &change).await?;
+    let note = app.record.note(&key).await?;
     tracing::info!(
         caller = caller.name,
         image.name = key.name,

@@ -52,6 +52,19 @@ pub struct Note {
     pub groups: Vec<String>,
 }
 
+/// A change of what a user says about an image. What is `None` stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NoteChange {
+    /// Description; an empty one is removed.
+    pub description: Option<String>,
+    /// Whether the image may neither be deleted nor replaced.
+    pub pinned: Option<bool>,
+    /// All users with whom it is shared.
+    pub shared: Option<Vec<String>>,
+    /// All groups with whose members it is shared.
+    pub groups: Option<Vec<String>>,
+}
+
 /// Returns `$from, …` with `count` placeholders.
 fn places(from: usize, count: usize) -> String {
     let all: Vec<_> = (from..from + count).map(|n| format!("${n}")).collect();
@@ -75,11 +88,14 @@ impl Record {
         saves: &[&Save],
         fates: &mut HashMap<JobId, Fate>,
     ) -> Result<(), Error> {
+        // The order in which they ended: an older save that was queued again took the tag after a newer one.
         let text = format!(
             "SELECT own.id AS own_id, next.id AS id, next.body AS body, next.progress AS progress
              FROM saves AS own JOIN saves AS next ON next.id = (
-                 SELECT min(later.id) FROM saves AS later
-                 WHERE later.destination = own.destination AND later.state = 'succeeded' AND later.id > own.id)
+                 SELECT later.id FROM saves AS later
+                 WHERE later.destination = own.destination AND later.state = 'succeeded'
+                 AND (later.changed_ms > own.changed_ms OR (later.changed_ms = own.changed_ms AND later.id > own.id))
+                 ORDER BY later.changed_ms, later.id LIMIT 1)
              WHERE own.id IN ({})",
             places(1, saves.len())
         );
@@ -155,7 +171,7 @@ impl Record {
     async fn saved_to(&self, destination: &str) -> Result<Vec<Save>, Error> {
         let rows = sqlx::query(
             "SELECT id, body, progress FROM saves WHERE destination = $1 AND state = 'succeeded'
-             ORDER BY id DESC LIMIT 50",
+             ORDER BY changed_ms DESC, id DESC LIMIT 50",
         )
         .bind(destination)
         .fetch_all(&self.pool)
@@ -272,30 +288,63 @@ impl Record {
         Ok(all.remove(key).unwrap_or_default())
     }
 
-    /// Replaces what is said about an image.
-    pub async fn set_note(&self, key: &ImageKey, note: &Note) -> Result<(), Error> {
-        let mut work = self.begin().await?;
-        sqlx::query(
-            "INSERT INTO image_notes (user_name, name, digest, description, pinned, changed_ms)
-             VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (user_name, name, digest) DO UPDATE SET
-             description = excluded.description, pinned = excluded.pinned, changed_ms = excluded.changed_ms",
+    /// Returns whether an image is pinned.
+    pub async fn is_pinned(&self, key: &ImageKey) -> Result<bool, Error> {
+        let row = sqlx::query(
+            "SELECT pinned FROM image_notes WHERE user_name = $1 AND name = $2 AND digest = $3",
         )
         .bind(&key.user)
         .bind(&key.name)
         .bind(&key.digest)
-        .bind(note.description.clone().unwrap_or_default())
-        .bind(i64::from(note.pinned))
+        .fetch_optional(&self.pool)
+        .await?;
+        match row {
+            Some(row) => Ok(row.try_get::<i64, _>("pinned")? != 0),
+            None => Ok(false),
+        }
+    }
+
+    /// Changes what is said about an image: only what `change` has, so that changes at the same time keep each other's.
+    pub async fn change_note(&self, key: &ImageKey, change: &NoteChange) -> Result<(), Error> {
+        let mut work = self.begin().await?;
+        // Also takes the lock of the row, so that two changes follow each other.
+        sqlx::query(
+            "INSERT INTO image_notes (user_name, name, digest, description, pinned, changed_ms)
+             VALUES ($1, $2, $3, '', 0, $4)
+             ON CONFLICT (user_name, name, digest) DO UPDATE SET changed_ms = excluded.changed_ms",
+        )
+        .bind(&key.user)
+        .bind(&key.name)
+        .bind(&key.digest)
         .bind(now_ms())
         .execute(&mut *work)
         .await?;
+        let of = "WHERE user_name = $1 AND name = $2 AND digest = $3";
+        if let Some(description) = &change.description {
+            sqlx::query(&format!("UPDATE image_notes SET description = $4 {of}"))
+                .bind(&key.user)
+                .bind(&key.name)
+                .bind(&key.digest)
+                .bind(description)
+                .execute(&mut *work)
+                .await?;
+        }
+        if let Some(pinned) = change.pinned {
+            sqlx::query(&format!("UPDATE image_notes SET pinned = $4 {of}"))
+                .bind(&key.user)
+                .bind(&key.name)
+                .bind(&key.digest)
+                .bind(i64::from(pinned))
+                .execute(&mut *work)
+                .await?;
+        }
         let shares = [
-            ("image_shares", "grantee", &note.shared),
-            ("image_group_shares", "group_name", &note.groups),
+            ("image_shares", "grantee", &change.shared),
+            ("image_group_shares", "group_name", &change.groups),
         ];
         for (table, column, with) in shares {
-            let text =
-                format!("DELETE FROM {table} WHERE user_name = $1 AND name = $2 AND digest = $3");
-            sqlx::query(&text)
+            let Some(with) = with else { continue };
+            sqlx::query(&format!("DELETE FROM {table} {of}"))
                 .bind(&key.user)
                 .bind(&key.name)
                 .bind(&key.digest)

@@ -29,7 +29,7 @@ use sqlx::{Any, AnyPool, Executor as _, Transaction};
 
 use crate::service::job::{JobId, State};
 
-pub use self::images::{Fate, ImageKey, Note};
+pub use self::images::{Fate, ImageKey, Note, NoteChange};
 pub use self::notice::Notice;
 pub(crate) use self::outbox::OutboxEntry;
 pub(crate) use self::reach::Change;
