@@ -414,6 +414,30 @@ async fn a_layouts_tag_is_taken_only_from_an_image_that_may_be_replaced() -> Out
     tags_are_taken_only_from_images_that_may_be_replaced(&place).await
 }
 
+#[tokio::test]
+async fn an_archive_is_replaced_only_if_its_image_may_be() -> Outcome {
+    use upperdeck::store::destination::Replaceable;
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("x.tar");
+    let place = format!("oci-archive:{}", file.display());
+    tags_are_taken_only_from_images_that_may_be_replaced(&place).await?;
+    // Under another tag the whole file is replaced all the same.
+    let nothing = Replaceable::default();
+    let before = std::fs::read(&file)?;
+    let (other, image) = (format!("{place}:v2"), image("other", 100, 9));
+    assert!(save_replacing(&other, &image, &nothing).await.is_err());
+    assert_eq!(std::fs::read(&file)?, before);
+    // What is no archive of one image cannot be compared.
+    for content in [&b""[..], b"no archive"] {
+        std::fs::write(&file, content)?;
+        let refused = save_replacing(&other, &image, &nothing).await;
+        let error = refused.err().ok_or("it was replaced")?;
+        assert_eq!(error.code(), Some("tag_exists"), "{error}");
+        assert_eq!(std::fs::read(&file)?, content);
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_gets_another_tag_in_a_registry_and_in_a_layout() -> Outcome {
     if ignored(&[Need::Program("docker-registry")]) {

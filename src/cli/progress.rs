@@ -342,7 +342,7 @@ impl Observer for Bar {
                 self.clear();
             }
             Event::Failed { .. } => self.clear(),
-            Event::Ready => {}
+            Event::Ready { .. } => {}
         }
     }
 }

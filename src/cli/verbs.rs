@@ -138,7 +138,7 @@ pub(super) fn diff(roots: &Roots, args: &args::Diff) -> anyhow::Result<()> {
     print(args.format, lines.as_slice(), view::diff_table)
 }
 
-/// Saves, reports the result to the observer, and prints the reference unless the observer does.
+/// Saves, reports a failure to the observer, and prints the reference unless the observer does.
 pub(super) fn commit(roots: &Roots, args: args::Commit, verbose: bool) -> anyhow::Result<()> {
     let observer: Arc<dyn Observer> = progress::observer(args.progress, args.quiet, verbose).into();
     let json = args.progress == progress::Mode::Json;
@@ -146,10 +146,6 @@ pub(super) fn commit(roots: &Roots, args: args::Commit, verbose: bool) -> anyhow
     match outcome {
         Ok(saved) => {
             let line = format!("{}\n", saved.reference);
-            observer.event(Event::Saved {
-                reference: saved.reference,
-                digest: saved.digest,
-            });
             drop(observer);
             if !json {
                 write_stdout(line.as_bytes())

@@ -105,6 +105,11 @@ pub enum Error {
     /// The save was cancelled.
     #[error("cancelled; nothing was saved")]
     Cancelled,
+    /// The save was cancelled while its tag was written, and the destination has not answered.
+    #[error(
+        "cancelled while the tag was written, and whether it was is not known: look at what the tag names now"
+    )]
+    CancelledAtTag,
 }
 
 impl Error {
@@ -117,7 +122,8 @@ impl Error {
             Self::Freeze(error) => error.kind(),
             Self::Scan(scan::Error::Cancelled)
             | Self::Layer(layer::Error::Cancelled)
-            | Self::Cancelled => FailureKind::Cancelled,
+            | Self::Cancelled
+            | Self::CancelledAtTag => FailureKind::Cancelled,
             Self::Scan(scan::Error::MarksUnreadable | scan::Error::Cap { .. }) => {
                 FailureKind::NotPermitted
             }

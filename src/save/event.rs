@@ -80,8 +80,13 @@ pub enum Event {
         pause_ms: f64,
     },
     /// Everything but the tag is delivered. With `--gate-fd` the save waits for the answer.
-    Ready,
-    /// The last line of a save that succeeded.
+    Ready {
+        /// Digest of the image that the tag names now and would lose it. The tag is taken from no other image.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        replaces: Option<Digest>,
+    },
+    /// The image is at the destination under its tag: the save has succeeded. Only warnings follow, about what was not
+    /// done besides, or `failed` if a file with the result cannot be written.
     Saved {
         /// `HOST/REPO@sha256:…`, or the layout's path with the digest.
         reference: String,

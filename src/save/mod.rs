@@ -19,6 +19,7 @@ mod room;
 pub(crate) mod source;
 pub mod state_store;
 mod stream;
+mod tag;
 mod tally;
 mod trees;
 mod upper;
@@ -28,9 +29,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use bytes::Bytes;
-
-use crate::common::digest::Digest;
 use crate::common::private_files::FileMode;
 use crate::image::manifest;
 use crate::image::packages::Packages;
@@ -40,7 +38,7 @@ use crate::layer::scan::{Caps, Report, Scan};
 use crate::node::background::{Background, NormalPriority};
 use crate::node::container::{self, Base, Container, Volume, VolumeRules};
 use crate::save::event::{Event, Observer, Phase};
-use crate::store::destination::{self, Destination, LocalFiles, Replaceable, Target};
+use crate::store::destination::{Destination, LocalFiles, Replaceable, Target};
 use crate::store::layout;
 use crate::store::registry::{Access, Registries};
 
@@ -182,6 +180,9 @@ impl Context {
 }
 
 /// Saves a running container as an image.
+///
+/// A cancellation ends the save as long as the tag is not written: uploads are aborted, the container is thawed. Once
+/// the tag is written the save has succeeded, and a cancellation only ends what follows.
 pub(crate) async fn commit(
     options: &Options,
     roots: container::Roots,
@@ -189,22 +190,7 @@ pub(crate) async fn commit(
     observer: Arc<dyn Observer>,
     cancel: &CancellationToken,
 ) -> Result<Saved, Error> {
-    // On cancellation everything in progress is dropped: uploads are aborted, the container is thawed.
     let started = Instant::now();
-    tokio::select! {
-        saved = save(options, roots, access, Arc::clone(&observer), cancel, started) => saved,
-        () = cancel.cancelled() => Err(Error::Cancelled),
-    }
-}
-
-async fn save(
-    options: &Options,
-    roots: container::Roots,
-    access: Access,
-    observer: Arc<dyn Observer>,
-    cancel: &CancellationToken,
-    started: Instant,
-) -> Result<Saved, Error> {
     let target = check(options)?;
     let mut context = Context {
         roots,
@@ -216,85 +202,11 @@ async fn save(
         room: Arc::default(),
         tally: Arc::default(),
     };
-
-    context.phase(Phase::Locating);
-    let container = container::find(&context.roots, &options.container)?;
-    let volumes = trees::open(
-        &context.roots,
-        &container,
-        &options.volumes,
-        &options.volume_rules,
-    )?;
-    let (base, layout) = prove_base(&context, &container, options).await?;
-    manifest::check_changes(&base.config, &options.changes)?;
-    // An unusable destination is detected before the container is frozen for it.
-    let files = LocalFiles {
-        mode: options.output_mode,
-        share_blobs: options.share_blobs.clone(),
-    };
-    let destination = Destination::open_as(&target, &context.registries, files)?;
-    // A save that fails leaves nothing in a layout.
-    let _unfinished = destination.give_up_on_drop();
-    destination.check().await?;
-    destination.check_tag(target.tag()).await?;
-    if let Some(rule) = &options.replaceable {
-        destination.check_replaceable(target.tag(), rule).await?;
-    }
-    let of = Of {
-        options,
-        container: &container,
-        volumes: &volumes,
-        base: &base,
-        layout: layout.as_ref(),
-        destination: &destination,
-    };
-    let mut made = make(&mut context, &of, false).await?;
-    if let Some(gate) = &options.gate {
-        context.observer.event(Event::Ready);
-        gate.pass().await?;
-    }
-    let replaced = if options.delete_replaced {
-        destination.tagged(target.tag()).await
-    } else {
-        None
-    };
-    let mut attempt = 1;
-    let digest = loop {
-        let manifest = Bytes::from(made.image.manifest.bytes.clone());
-        let media_type = made.image.manifest.media_type;
-        match put(&destination, options, manifest, media_type, target.tag()).await {
-            Err(error) if attempt < MAX_ATTEMPTS && error.may_lack_blobs() => {
-                let why = format!(
-                    "the destination may lack parts of the image, which are looked for again: {error}"
-                );
-                context.warn("again", why);
-                tokio::time::sleep(PAUSE * attempt).await;
-                attempt += 1;
-                if !send_again(&context, &of, &mut made).await? {
-                    // The lock on what is kept of the container is taken anew.
-                    drop(made);
-                    made = make(&mut context, &of, false).await?;
-                }
-            }
-            digest => break digest?,
-        }
-    };
-    // The container runs from its base and may be started from it again.
-    let own_base = base.manifest.as_ref().map(|manifest| manifest.digest);
-    if let Some(replaced) = replaced.filter(|&old| old != digest && Some(old) != own_base)
-        && let Err(error) = destination.delete_replaced(&replaced).await
-    {
-        let why = format!("the image that had the tag before stays, without a tag: {error}");
-        context.warn("replaced_kept", why);
-    }
-    if !options.harbor_labels.is_empty()
-        && let Err(error) = destination
-            .add_labels(&digest, &options.harbor_labels)
-            .await
-    {
-        let why = format!("the image lacks labels of Harbor: {error}");
-        context.warn("labels_missing", why);
-    }
+    let subject = until_cancelled(cancel, Subject::find(&context, options, &target)).await?;
+    let of = subject.of(options);
+    let prepared = Box::pin(prepare(&mut context, &of, target.tag()));
+    let (made, permit) = until_cancelled(cancel, prepared).await?;
+    let (made, digest) = tag::write(&mut context, &of, made, target.tag(), &permit).await?;
     let Made {
         earlier,
         taken,
@@ -302,39 +214,113 @@ async fn save(
         image,
         packages,
     } = made;
-    earlier.keep(&context, &container, &target, &taken);
     let saved = outcome::saved(outcome::Parts {
         target: &target,
         digest,
         image: &image,
-        container: &container,
-        volumes: &volumes,
-        base: &base,
+        container: of.container,
+        volumes: of.volumes,
+        base: of.base,
         delivered,
         packages,
         layers_above_base: earlier.layers(&taken).len(),
-        taken,
+        taken: &taken,
         seconds: started.elapsed().as_secs_f64(),
     });
-    outcome::write_files(options, &saved)?;
+    let written = outcome::write_files(options, &saved);
+    context.observer.event(Event::Saved {
+        reference: saved.reference.clone(),
+        digest,
+    });
+    earlier.keep(&context, of.container, &target, &taken);
+    // The next save of this container may begin.
+    drop((earlier, taken));
+    // The container runs from its base and may be started from it again.
+    let own_base = of.base.manifest.as_ref().map(|manifest| manifest.digest);
+    let replaced = permit.to_delete;
+    let replaced = replaced.filter(|&old| old != digest && Some(old) != own_base);
+    tag::follow_up(&context, &of, &digest, replaced.as_ref()).await;
+    written?;
     Ok(saved)
 }
 
-/// Writes the manifest under the tag, if the tag may be taken from the image that it names now.
-async fn put(
-    destination: &Destination,
-    options: &Options,
-    manifest: Bytes,
-    media_type: &str,
-    tag: &str,
-) -> Result<Digest, destination::Error> {
-    match &options.replaceable {
-        None => destination.put_manifest(manifest, media_type, tag).await,
-        Some(rule) => {
-            let put = destination.put_manifest_replacing(manifest, media_type, tag, rule);
-            put.await
+/// Carries out a part of a save that leaves nothing when it is cancelled.
+async fn until_cancelled<T>(
+    cancel: &CancellationToken,
+    part: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    tokio::select! {
+        done = part => done,
+        () = cancel.cancelled() => Err(Error::Cancelled),
+    }
+}
+
+/// The container, its base, and the destination.
+struct Subject {
+    container: Container,
+    volumes: Vec<Volume>,
+    base: Base,
+    layout: Option<layout::Reader>,
+    destination: Destination,
+    _unfinished: Option<layout::GiveUp>,
+}
+
+impl Subject {
+    async fn find(context: &Context, options: &Options, target: &Target) -> Result<Self, Error> {
+        context.phase(Phase::Locating);
+        let container = container::find(&context.roots, &options.container)?;
+        let volumes = trees::open(
+            &context.roots,
+            &container,
+            &options.volumes,
+            &options.volume_rules,
+        )?;
+        let (base, layout) = prove_base(context, &container, options).await?;
+        manifest::check_changes(&base.config, &options.changes)?;
+        // An unusable destination is detected before the container is frozen for it.
+        let files = LocalFiles {
+            mode: options.output_mode,
+            share_blobs: options.share_blobs.clone(),
+        };
+        let destination = Destination::open_as(target, &context.registries, files)?;
+        // A save that fails leaves nothing in a layout.
+        let unfinished = destination.give_up_on_drop();
+        destination.check().await?;
+        destination.check_tag(target.tag()).await?;
+        if let Some(rule) = &options.replaceable {
+            destination.check_replaceable(target.tag(), rule).await?;
+        }
+        Ok(Self {
+            container,
+            volumes,
+            base,
+            layout,
+            destination,
+            _unfinished: unfinished,
+        })
+    }
+
+    fn of<'s>(&'s self, options: &'s Options) -> Of<'s> {
+        Of {
+            options,
+            container: &self.container,
+            volumes: &self.volumes,
+            base: &self.base,
+            layout: self.layout.as_ref(),
+            destination: &self.destination,
         }
     }
+}
+
+/// Brings everything but the manifest to the destination, and waits for the permission to write the tag.
+async fn prepare(
+    context: &mut Context,
+    of: &Of<'_>,
+    tag: &str,
+) -> Result<(Made, tag::Permit), Error> {
+    let made = make(context, of, false).await?;
+    let permit = tag::Permit::ask(context, of, &made, tag).await?;
+    Ok((made, permit))
 }
 
 /// What is saved, and where.

@@ -154,7 +154,7 @@ pub(super) struct Parts<'a> {
     pub(super) base: &'a Base,
     pub(super) delivered: Vec<Delivered>,
     pub(super) packages: Packages,
-    pub(super) taken: CapturedTrees,
+    pub(super) taken: &'a CapturedTrees,
     pub(super) layers_above_base: usize,
     pub(super) seconds: f64,
 }
@@ -175,8 +175,8 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
     } = parts;
     let reference = target.with_digest(&digest);
     let (mut unstable, mut layers) = (Vec::new(), Vec::new());
-    for layer in taken.layers {
-        unstable.extend(layer.unstable);
+    for layer in &taken.layers {
+        unstable.extend(layer.unstable.iter().cloned());
         layers.push(LayerOutcome {
             digest: layer.digest,
             diff_id: layer.diff_id,
@@ -217,7 +217,7 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
             .filter(|_| !taken.was_frozen)
             .map(|pause| pause.as_secs_f64() * 1000.0),
         was_paused: taken.was_frozen,
-        report: taken.report,
+        report: taken.report.clone(),
         unstable,
         volumes: volumes_left_out(container, volumes)
             .into_iter()

@@ -232,6 +232,25 @@ pub enum Error {
         /// Digest of the image that it names.
         digest: Digest,
     },
+    /// A file is there that is not an archive of one image, and would be replaced as a whole.
+    #[error(
+        "{} exists, and an archive replaces the whole file: it is not one with a single image, which could be compared; \
+         take another file, or remove it", path.display()
+    )]
+    FileExists {
+        /// Path of the file.
+        path: PathBuf,
+    },
+    /// The tag names another image than the one for which the permission to replace it was given.
+    #[error(
+        "the tag {tag:?} has moved to {digest} while the save asked whether it may replace what it named: try again"
+    )]
+    TagMoved {
+        /// The tag.
+        tag: String,
+        /// Digest of the image that it names.
+        digest: Digest,
+    },
     /// The runtime was shut down during a write.
     #[error("the save ended while a file was being written")]
     RuntimeStopped,
@@ -245,7 +264,8 @@ impl Error {
             Self::Registry(e) => e.retryable(),
             Self::Harbor(e) => e.retryable(),
             Self::Layout(e) => e.retryable(),
-            Self::TagExists { .. } | Self::RuntimeStopped => false,
+            Self::TagMoved { .. } => true,
+            Self::TagExists { .. } | Self::FileExists { .. } | Self::RuntimeStopped => false,
         }
     }
 
@@ -266,7 +286,9 @@ impl Error {
         match self {
             Self::Registry(e) => Denial::of(e).map(Denial::code),
             Self::Harbor(e) => e.code(),
-            Self::TagExists { .. } => Some("tag_exists"),
+            Self::TagExists { .. } | Self::FileExists { .. } | Self::TagMoved { .. } => {
+                Some("tag_exists")
+            }
             Self::Layout(_) | Self::RuntimeStopped => None,
         }
     }
@@ -277,8 +299,8 @@ impl Error {
             Self::Registry(e) => e.not_permitted(),
             Self::Harbor(e) => e.not_permitted(),
             Self::Layout(e) => e.not_permitted(),
-            Self::TagExists { .. } => true,
-            Self::RuntimeStopped => false,
+            Self::TagExists { .. } | Self::FileExists { .. } => true,
+            Self::TagMoved { .. } | Self::RuntimeStopped => false,
         }
     }
 }
@@ -431,6 +453,11 @@ impl Destination {
             }
             Kind::Directory(_) | Kind::Archive(_) => Ok(()),
         }
+    }
+
+    /// Returns whether this is an archive, which is replaced as a whole.
+    pub(crate) fn is_archive(&self) -> bool {
+        matches!(self.0, Kind::Archive(_))
     }
 
     /// Returns how many blobs should be written concurrently.

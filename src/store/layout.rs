@@ -283,16 +283,29 @@ fn add_to_index(
 }
 
 /// Returns the digest of the manifest that has the tag in `index.json`, if there is one.
-fn tagged(index: &[u8], tag: &str) -> Option<Digest> {
-    let index: Value = serde_json::from_slice(index).ok()?;
+///
+/// Fails with what was expected if the index cannot be read.
+fn tagged(index: &[u8], tag: &str) -> Result<Option<Digest>, String> {
+    let index: Value =
+        serde_json::from_slice(index).map_err(|e| format!("expected an image index: {e}"))?;
+    let Some(manifests) = index.get("manifests") else {
+        return Ok(None);
+    };
+    let manifests = manifests.as_array().ok_or("expected a list of manifests")?;
     let named = |manifest: &&Value| {
         let name = manifest
             .pointer("/annotations")
             .and_then(|a| a.get(REF_NAME));
         name.and_then(Value::as_str) == Some(tag)
     };
-    let found = index.get("manifests")?.as_array()?.iter().find(named)?;
-    found.get("digest")?.as_str()?.parse().ok()
+    let Some(found) = manifests.iter().find(named) else {
+        return Ok(None);
+    };
+    let digest = found.get("digest").and_then(Value::as_str);
+    let digest = digest.and_then(|digest| digest.parse().ok());
+    digest
+        .map(Some)
+        .ok_or_else(|| format!("the tag {tag:?} has no digest"))
 }
 
 /// Removes a manifest, or only one of its tags, from `index.json`. Unknown content is kept.

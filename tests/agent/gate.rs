@@ -58,3 +58,76 @@ async fn the_tag_waits_for_the_answer() -> Result<()> {
     }
     Ok(())
 }
+
+/// The tag is taken only from the image that the answer was about.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tag_that_moves_while_the_answer_is_awaited_is_left_alone() -> Result<()> {
+    let Some(node) = Node::new().await? else {
+        return Ok(());
+    };
+    let layout = node.path("moves");
+    let index = layout.join("index.json");
+    let commit = || {
+        let mut command = Command::new(UPPERDECK);
+        command
+            .args(["commit", "--progress=json", "--state-dir="])
+            .arg(format!("--base=oci:{}:base", node.path("base").display()))
+            .arg(format!(
+                "--message={}",
+                upperdeck::service::job::JobId::new()
+            ));
+        command
+    };
+    let to = |command: &mut Command, tag: &str| {
+        command
+            .arg(format!("pid:{}", node.pid))
+            .arg(format!("oci:{}:{tag}", layout.display()));
+    };
+    let save = |tag: &str| -> Result<String> {
+        let mut command = commit();
+        to(&mut command, tag);
+        let output = command.stdin(Stdio::null()).output()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        ensure!(output.status.success(), "{text}");
+        let last: serde_json::Value = serde_json::from_str(text.lines().last().context("line")?)?;
+        Ok(last["digest"].as_str().context("digest")?.to_owned())
+    };
+    for (case, moves) in [("stays", false), ("moves", true)] {
+        let first = save("monday")?;
+        let mut command = commit();
+        command.arg("--gate-fd=0");
+        to(&mut command, "monday");
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let mut lines = BufReader::new(child.stdout.take().context("stdout")?).lines();
+        let ready = loop {
+            let line = lines.next().context(case)??;
+            let event: serde_json::Value = serde_json::from_str(&line)?;
+            if event["event"] == "ready" {
+                break event;
+            }
+        };
+        assert_eq!(ready["replaces"], first, "{case}");
+        let expected = if moves { Some(save("monday")?) } else { None };
+        child.stdin.take().context("stdin")?.write_all(b"y")?;
+        let rest: Vec<String> = lines.collect::<Result<_, _>>()?;
+        let last: serde_json::Value = serde_json::from_str(rest.last().context("no last line")?)?;
+        let code = child.wait()?.code();
+        let now = std::fs::read_to_string(&index)?;
+        match expected {
+            None => assert_eq!(code, Some(0), "{case}: {last}"),
+            Some(moved) => {
+                assert_eq!(code, Some(75), "{case}: {last}");
+                assert_eq!(
+                    (&last["code"], &last["retryable"]),
+                    (&"tag_exists".into(), &true.into())
+                );
+                ensure!(now.contains(&moved), "{now}");
+            }
+        }
+    }
+    Ok(())
+}

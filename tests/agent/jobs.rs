@@ -64,7 +64,7 @@ async fn a_session_is_saved_and_everything_about_it_is_told() -> Result<()> {
         == Event::Phase {
             phase: Phase::Finishing
         }));
-    assert!(told(&|event| *event == Event::Ready));
+    assert!(told(&|event| *event == Event::Ready { replaces: None }));
     assert!(told(&|event| matches!(event, Event::Paused { .. })));
     assert!(told(&|event| matches!(event, Event::Saved { .. })));
     // What the user wrote is data.
@@ -90,6 +90,56 @@ async fn a_session_is_saved_and_everything_about_it_is_told() -> Result<()> {
     })
     .await?;
     service.end().await?;
+    Ok(())
+}
+
+/// A child that is stopped while it writes the tag, or after that, has saved if it says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_time_limit_after_the_tag_is_no_failure() -> Result<()> {
+    let Some(node) = Node::new().await? else {
+        return Ok(());
+    };
+    let digest = upperdeck::common::digest::Digest::of("x");
+    let saved =
+        format!(r#"echo '{{"event":"saved","reference":"r/x@{digest}","digest":"{digest}"}}'"#);
+    let warning =
+        r#"echo '{"event":"warning","code":"replaced_kept","message":"the old one stays"}'"#;
+    let failed = r#"echo '{"event":"failed","exit":130,"code":"cancelled","message":"m","retryable":false}'"#;
+    let ready = r#"echo '{"event":"ready"}'; head -c 1 <&1 >/dev/null"#;
+    let stopped = "trap stopped TERM; while :; do sleep 0.1; done";
+    let last = format!("stopped() {{ {saved}; {warning}; exit 0; }}; {ready}; {stopped}");
+    let unknown = format!("stopped() {{ {failed}; exit 130; }}; {ready}; {stopped}");
+    let follows = format!("{ready}; {saved}; sleep 5; {warning}");
+    for (case, script, succeeds) in [
+        ("while", last, true),
+        ("after", follows, true),
+        ("unknown", unknown, false),
+    ] {
+        let mut options = node.options();
+        options.program = node.program(&script)?;
+        let service = Service::start(options, local());
+        let mut order = node.order();
+        order.timeout_s = 2;
+        service.queue.offer(&order).await?;
+        match service.outcome(order.job).await? {
+            Outcome::Succeeded { saved } if succeeds => {
+                assert_eq!(saved.digest, digest.to_string(), "{case}");
+                let warned = service.reports_of(order.job).into_iter().any(|report| {
+                    matches!(report.update, Update::Event { event: Event::Warning { code, .. } } if code == "replaced_kept")
+                });
+                ensure!(warned, "{case}");
+            }
+            Outcome::Failed {
+                code: Code::TimedOut,
+                message,
+                ..
+            } if !succeeds => {
+                ensure!(message.contains("whether the tag is written"), "{message}");
+            }
+            other => bail!("{case}: {other:?}"),
+        }
+        service.end().await?;
+    }
     Ok(())
 }
 

@@ -363,7 +363,7 @@ async fn without_a_managers_word_there_is_no_tag_and_nothing_is_lost() -> Result
     service.queue.offer(&order).await?;
     wait("all is delivered", || {
         let ready = Update::Event {
-            event: upperdeck::service::job::Event::Ready,
+            event: upperdeck::service::job::Event::Ready { replaces: None },
         };
         let said = service.reports_of(order.job);
         said.iter().any(|r| r.update == ready).then_some(())
@@ -400,6 +400,23 @@ async fn without_a_managers_word_there_is_no_tag_and_nothing_is_lost() -> Result
     service.queue.offer(&third).await?;
     assert_eq!(service.outcome(third.job).await?, Outcome::Cancelled);
     ensure!(!node.tagged());
+    // One that would replace a pinned image fails, and another attempt would, too.
+    service.set_answer(NextStep::Tag, Some(Verdict::Pinned));
+    let fourth = Order {
+        job: JobId::new(),
+        ..third
+    };
+    service.queue.offer(&fourth).await?;
+    let outcome = service.outcome(fourth.job).await?;
+    let refused = matches!(
+        outcome,
+        Outcome::Failed {
+            code: Code::ImagePinned,
+            retryable: false,
+            ..
+        }
+    );
+    ensure!(refused && !node.tagged(), "{outcome:?}");
     service.end().await?;
     Ok(())
 }

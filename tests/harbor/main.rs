@@ -5,6 +5,7 @@
 // A panic in a helper fails the test, as intended.
 #![allow(clippy::unwrap_used, clippy::print_stderr)]
 
+mod after;
 mod description;
 #[path = "../support/http.rs"]
 mod http;

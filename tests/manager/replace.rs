@@ -3,9 +3,9 @@
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use upperdeck::common::digest::Digest;
-use upperdeck::service::job::{JobId, Replaces};
+use upperdeck::service::job::{Code, JobId, NextStep, Outcome, Question, Replaces, Verdict};
 
-use crate::site::{Agent, Outcomes, Site, Who, ask, get, id, session, until};
+use crate::site::{Agent, Outcomes, PATIENCE, Site, Who, ask, get, id, session, until};
 use crate::store::{push, save_as};
 
 /// Requests a save of session `n` as `torch:v1`.
@@ -33,7 +33,7 @@ async fn check_order(
     assert_eq!(&claim.order.replaces, expected);
     let path = format!("/api/v1/saves/{}", claim.order.job);
     ask(at, Who::Alice, Method::DELETE, &path, None).await?;
-    let cancelled = upperdeck::service::job::Outcome::Cancelled;
+    let cancelled = Outcome::Cancelled;
     agent.end(&claim, 2, cancelled).await?;
     until(at, Who::Alice, &path, |save| save["state"] == "cancelled").await?;
     Ok(())
@@ -229,5 +229,105 @@ async fn what_is_pinned_stays_and_what_is_shared_is_seen_and_not_changed() -> Ou
     assert_eq!(shared["images"], json!([]));
     let (status, _) = ask(at, Who::Alice, Method::DELETE, tag, None).await?;
     assert_eq!(status, StatusCode::OK);
+    manager.stop().await
+}
+
+/// An image that is pinned after a save was accepted is not replaced by it, nor by another attempt.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pin_counts_until_the_tag_is_written() -> Outcomes {
+    let (site, manager, agent) = Site::at_work(&[session(1, Some("alice"))]).await?;
+    let at = manager.address;
+    let digest = push(&site, "alice", "torch", "v1", "one")?;
+    save_as(&site, at, &agent, 1, "v1", &digest).await?;
+    let pin = async |pinned: bool| {
+        let path = format!("/api/v1/images/torch/digests/{digest}");
+        let body = json!({"pinned": pinned});
+        let (status, answer) = ask(at, Who::Alice, Method::PATCH, &path, Some(body)).await?;
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        Ok::<_, Box<dyn std::error::Error>>(())
+    };
+    for replace in ["own", "any"] {
+        let (status, answer) = request(at, 1, Some(replace)).await?;
+        assert_eq!(status, StatusCode::ACCEPTED, "{answer}");
+        let claim = agent.claim().await?;
+        agent.begin(&claim).await?;
+        let word = async |replaces: Option<Digest>| {
+            let (job, attempt) = (claim.order.job, claim.order.attempt);
+            let mut question = Question::new(job, "n1", attempt, claim.fence, NextStep::Tag);
+            question.replaces = replaces;
+            let answer = site.queue.ask(&question, PATIENCE).await?;
+            Ok::<_, Box<dyn std::error::Error>>(answer.ok_or("no answer")?.verdict)
+        };
+        assert_eq!(word(Some(digest)).await?, Verdict::Wanted, "{replace}");
+        pin(true).await?;
+        assert_eq!(word(Some(digest)).await?, Verdict::Pinned, "{replace}");
+        let other = Digest::of("another");
+        assert_eq!(word(Some(other)).await?, Verdict::Wanted, "{replace}");
+        assert_eq!(word(None).await?, Verdict::Wanted, "{replace}");
+        let failed = Outcome::Failed {
+            code: Code::ImagePinned,
+            message: "pinned".to_owned(),
+            retryable: false,
+        };
+        agent.end(&claim, 2, failed).await?;
+        let path = format!("/api/v1/saves/{}", claim.order.job);
+        let save = until(at, Who::Alice, &path, |save| save["state"] == "failed").await?;
+        assert_eq!(save["error"]["code"], "image_pinned", "{save}");
+        let again = format!("{path}/requeue");
+        let requeue = async || ask(at, Who::Administrator, Method::POST, &again, None).await;
+        let (status, answer) = requeue().await?;
+        assert_eq!(status, StatusCode::CONFLICT, "{answer}");
+        assert_eq!(answer["code"], "image_pinned");
+        pin(false).await?;
+        let (status, answer) = requeue().await?;
+        assert_eq!(status, StatusCode::ACCEPTED, "{answer}");
+        let claim = agent.claim().await?;
+        agent.begin(&claim).await?;
+        let refused = Outcome::Failed {
+            code: Code::Policy,
+            message: "no".to_owned(),
+            retryable: false,
+        };
+        agent.end(&claim, 2, refused).await?;
+        until(at, Who::Alice, &path, |save| save["state"] == "failed").await?;
+    }
+    manager.stop().await
+}
+
+/// Where it is not known which image has the tag, that may be a pinned one.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_seen_is_not_deleted_and_not_replaced_again() -> Outcomes {
+    let (site, manager, agent) = Site::at_work(&[session(1, Some("alice"))]).await?;
+    let at = manager.address;
+    push(&site, "alice", "torch", "v1", "one")?;
+    let (status, answer) = request(at, 1, Some("any")).await?;
+    assert_eq!(status, StatusCode::ACCEPTED, "{answer}");
+    let claim = agent.claim().await?;
+    agent.begin(&claim).await?;
+    let failed = Outcome::Failed {
+        code: Code::Policy,
+        message: "no".to_owned(),
+        retryable: false,
+    };
+    agent.end(&claim, 2, failed).await?;
+    let path = format!("/api/v1/saves/{}", claim.order.job);
+    until(at, Who::Alice, &path, |save| save["state"] == "failed").await?;
+    std::fs::write(site.images().join("alice/torch/index.json"), "no index")?;
+    let tag = "/api/v1/images/torch/tags/v1";
+    for (status, answer) in [
+        ask(at, Who::Alice, Method::DELETE, tag, None).await?,
+        ask(
+            at,
+            Who::Administrator,
+            Method::POST,
+            &format!("{path}/requeue"),
+            None,
+        )
+        .await?,
+    ] {
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{answer}");
+        let text = answer.to_string();
+        assert!(text.contains("pinned is not known"), "{text}");
+    }
     manager.stop().await
 }

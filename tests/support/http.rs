@@ -72,6 +72,19 @@ pub struct Response {
     pub status: u16,
     pub headers: Vec<(String, String)>,
     pub body: Vec<u8>,
+    /// How slowly it is sent, if not at once.
+    pub slow: Option<Slow>,
+}
+
+/// How a slow response is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Slow {
+    /// Not at all, until the server ends.
+    Never,
+    /// The head, and then one byte of an endless body every now and then.
+    Drip,
+    /// After this time.
+    After(Duration),
 }
 
 impl Response {
@@ -131,7 +144,8 @@ impl Server {
                 }
                 if let Ok(stream) = stream {
                     let handler = Arc::clone(&handler);
-                    std::thread::spawn(move || drop(serve(&stream, &*handler)));
+                    let over = Arc::clone(&over);
+                    std::thread::spawn(move || drop(serve(&stream, &*handler, &over)));
                 }
             }
         });
@@ -153,7 +167,27 @@ impl Drop for Server {
     }
 }
 
-fn serve(stream: &TcpStream, handler: &Handler) -> std::io::Result<()> {
+/// Sends a slow response. Returns whether the response is still to be sent.
+fn delay(stream: &TcpStream, slow: Slow, over: &AtomicBool) -> std::io::Result<bool> {
+    let (mut out, step) = (stream, Duration::from_millis(200));
+    match slow {
+        Slow::After(time) => {
+            std::thread::sleep(time);
+            return Ok(true);
+        }
+        Slow::Never => {}
+        Slow::Drip => out.write_all(b"HTTP/1.1 200 x\r\nContent-Length: 1000000\r\n\r\n")?,
+    }
+    while !over.load(Ordering::SeqCst) {
+        std::thread::sleep(step);
+        if slow == Slow::Drip {
+            out.write_all(b" ")?;
+        }
+    }
+    Ok(false)
+}
+
+fn serve(stream: &TcpStream, handler: &Handler, over: &AtomicBool) -> std::io::Result<()> {
     stream.set_read_timeout(Some(Duration::from_secs(120)))?;
     stream.set_nodelay(true)?;
     let mut reader = BufReader::new(stream);
@@ -163,6 +197,11 @@ fn serve(stream: &TcpStream, handler: &Handler) -> std::io::Result<()> {
         let last = request.header("connection").eq_ignore_ascii_case("close");
         let answer = handler(request);
         if cut {
+            return Ok(());
+        }
+        if let Some(slow) = answer.slow
+            && !delay(stream, slow, over)?
+        {
             return Ok(());
         }
         let mut text = format!("HTTP/1.1 {} x\r\n", answer.status);

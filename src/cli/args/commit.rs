@@ -159,11 +159,11 @@ pub(in crate::cli) struct Commit {
     /// Quota of a created project, e.g. 20GiB; only Harbor's administrators can set it
     #[arg(long, value_name = "SIZE", value_parser = size, requires = "create_project", help_heading = REGISTRY)]
     pub(in crate::cli) project_quota: Option<u64>,
-    /// Fail if the tag exists [default: it moves to the new image, as with 'docker commit']; checked at the start and again
-    /// before the tag is written
+    /// Fail if the tag exists [default: it moves to the new image, as with 'docker commit'], or the file of an archive;
+    /// checked at the start and again before the tag is written
     #[arg(long, conflicts_with = "replace_only", help_heading = REGISTRY)]
     pub(in crate::cli) no_replace: bool,
-    /// Fail if the tag exists and names another image than DIGEST
+    /// Fail if the tag exists and names another image than DIGEST; an archive that exists must hold that image alone
     #[arg(long, value_name = "DIGEST", help_heading = REGISTRY)]
     pub(in crate::cli) replace_only: Option<Digest>,
     /// In Harbor, delete the image that loses its tag to this one, if it has no other tag and no index, accessory or this

@@ -667,7 +667,7 @@ mod tests {
         while let Some(event) = told.recv().await {
             match event {
                 Event::Progress { bytes_done, .. } => done.push(bytes_done),
-                Event::Ready => ready = true,
+                Event::Ready { .. } => ready = true,
                 other => panic!("{other:?}"),
             }
         }

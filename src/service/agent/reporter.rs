@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
+use crate::common::digest::Digest;
 use crate::service::job::{Event, NextStep, Question, Report, Update, Verdict, now_ms};
 use crate::service::queue::{Claim, ClaimState, Error, Queue};
 
@@ -153,15 +154,21 @@ impl Reporter {
 
     /// Asks the managers whether the save is wanted now. Returns `None` if none answered in time. Answers to earlier
     /// questions are ignored, so the result is never older than this call.
-    pub(super) async fn ask_managers(&self, before: NextStep) -> Option<Verdict> {
+    /// `replaces` is the image that would lose its tag.
+    pub(super) async fn ask_managers(
+        &self,
+        before: NextStep,
+        replaces: Option<Digest>,
+    ) -> Option<Verdict> {
         let order = &self.claim.order;
-        let question = Question::new(
+        let mut question = Question::new(
             order.job,
             &self.node,
             order.attempt,
             self.claim.fence,
             before,
         );
+        question.replaces = replaces;
         let asked = self.queue.ask(&question, ANSWER_TIMEOUT);
         match call(&self.queue, asked, ANSWER_TIMEOUT + CALL_TIMEOUT).await {
             Ok(answer) => answer.map(|answer| answer.verdict),

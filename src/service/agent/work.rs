@@ -14,6 +14,7 @@ use super::metadata::{read_packages, read_saved};
 use super::refusal::{Refusal, event_for_users, refusal_of, too_much_memory};
 use super::reporter::Reporter;
 use super::spool::{ChildRecord, JobFile};
+use crate::common::digest::Digest;
 use crate::common::failure::FailureKind;
 use crate::node::container::{self, Container, Runtime};
 use crate::node::freeze;
@@ -28,6 +29,8 @@ const CONFIRM_INTERVAL: Duration = Duration::from_secs(1);
 const THAW_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest time from a child's final event to its exit. A thread that waits in the kernel can keep it from exiting.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest wait for the next event of a child that has been stopped.
+const LAST_EVENTS: Duration = Duration::from_secs(1);
 /// Maximum total size in bytes of all values that users choose. The kernel accepts 128 KiB per argument and 2 MiB in
 /// all.
 const MAX_USER_VALUES: usize = 96 << 10;
@@ -35,6 +38,9 @@ const MAX_USER_VALUES: usize = 96 << 10;
 /// Why a save does not start, or ends without success, although nothing is wrong with the job.
 const NO_MANAGER: &str =
     "no manager said in time that the save is wanted; it is tried again when one can be reached";
+
+const PINNED: &str =
+    "the image that has this name and tag is pinned: it is not replaced until it is unpinned";
 
 /// How an attempt ended.
 enum AttemptEnd {
@@ -107,9 +113,12 @@ async fn permission(
         if lost.is_cancelled() {
             return Some(AttemptEnd::ClaimLost);
         }
-        match reporter.ask_managers(NextStep::Save).await {
+        match reporter.ask_managers(NextStep::Save, None).await {
             Some(Verdict::Wanted) => return None,
-            Some(Verdict::Unwanted) => return Some(AttemptEnd::Known(Outcome::Cancelled)),
+            // Nothing is replaced yet, so no manager speaks of a pin.
+            Some(Verdict::Unwanted | Verdict::Pinned) => {
+                return Some(AttemptEnd::Known(Outcome::Cancelled));
+            }
             Some(Verdict::Superseded) => return Some(AttemptEnd::ClaimLost),
             None if begun.elapsed() >= agent.options.manager_wait => {
                 return Some(AttemptEnd::GivenBack(NO_MANAGER));
@@ -307,6 +316,8 @@ enum StopReason {
     Drained,
     /// No manager confirmed that the tag is wanted.
     NoManager,
+    /// The image that would lose its tag is pinned.
+    Pinned,
 }
 
 async fn attempt(
@@ -378,14 +389,22 @@ async fn attempt(
         Some(StopReason::NoManager) => {
             AttemptEnd::Outcome(Refusal::transient(Code::TimedOut, NO_MANAGER).outcome())
         }
+        Some(StopReason::Pinned) => {
+            AttemptEnd::Outcome(Refusal::of(Code::ImagePinned, PINNED).outcome())
+        }
         Some(StopReason::TimedOut) => {
             let hangs = if given_up {
                 "; it hangs in the kernel and cannot be ended: a file system in the session does not answer"
             } else {
                 ""
             };
+            let tag = if final_event.is_tag_uncertain() {
+                "; the registry has not said whether the tag is written: look at what it names now"
+            } else {
+                ""
+            };
             let why = format!(
-                "the save took longer than it may ({} s){hangs}",
+                "the save took longer than it may ({} s){hangs}{tag}",
                 agent.bound(order).as_secs()
             );
             AttemptEnd::Outcome(Refusal::of(Code::TimedOut, why).outcome())
@@ -418,6 +437,33 @@ async fn delete_remains(order: &Order) {
 struct FinalEvent {
     saved: Option<(String, String)>,
     failed: Option<(String, String, bool)>,
+    /// Whether the child was permitted to write the tag.
+    gate_open: bool,
+}
+
+impl FinalEvent {
+    /// Returns whether the event says how the save ends.
+    fn read(&mut self, event: &Event) -> bool {
+        match event {
+            Event::Saved { reference, digest } => {
+                self.saved = Some((reference.clone(), digest.to_string()));
+            }
+            Event::Failed {
+                code,
+                message,
+                retryable,
+                ..
+            } => self.failed = Some((code.clone(), message.clone(), *retryable)),
+            _ => return false,
+        }
+        true
+    }
+
+    /// Returns whether the tag may be written although the child has not said so: it was stopped while it wrote it.
+    fn is_tag_uncertain(&self) -> bool {
+        let told = self.failed.as_ref().map(|(code, ..)| code.as_str());
+        self.gate_open && told.is_none_or(|code| code == "cancelled")
+    }
 }
 
 /// Forwards the child's events, renews the lease, and stops the child if necessary.
@@ -436,7 +482,7 @@ async fn follow(
     renew.reset();
     let mut ask = tokio::time::interval(CONFIRM_INTERVAL);
     ask.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut asking: Option<Instant> = None;
+    let mut asking: Option<(Instant, Option<Digest>)> = None;
     let exit_deadline = tokio::time::sleep(Duration::MAX);
     tokio::pin!(exit_deadline);
     let mut hold = reporter.send(Update::Started).await;
@@ -455,34 +501,27 @@ async fn follow(
             event = child.events.recv(), if open => match event {
                 None => open = false,
                 Some(event) => {
-                    match &event {
-                        Event::Ready => {
-                            asking = Some(Instant::now());
-                            ask.reset_immediately();
-                        }
-                        Event::Saved { reference, digest } => {
-                            final_event.saved = Some((reference.clone(), digest.to_string()));
-                            exit_deadline.as_mut().reset(tokio::time::Instant::now() + END_TIMEOUT);
-                        }
-                        Event::Failed { code, message, retryable, .. } => {
-                            final_event.failed = Some((code.clone(), message.clone(), *retryable));
-                            exit_deadline.as_mut().reset(tokio::time::Instant::now() + END_TIMEOUT);
-                        }
-                        _ => {}
+                    if let Event::Ready { replaces } = event {
+                        asking = Some((Instant::now(), replaces));
+                        ask.reset_immediately();
+                    }
+                    if final_event.read(&event) {
+                        exit_deadline.as_mut().reset(tokio::time::Instant::now() + END_TIMEOUT);
                     }
                     if let Some(event) = event_for_users(event) {
                         hold = reporter.send(Update::Event { event }).await;
                     }
                 }
             },
-            _ = ask.tick(), if asking.is_some() => match may_tag(reporter).await {
+            _ = ask.tick(), if asking.is_some() => match may_tag(reporter, asking.and_then(|(_, replaces)| replaces)).await {
                 Ok(()) => {
                     asking = None;
                     // If the child is gone, its exit status will show it.
                     let _ = child.open_gate().await;
+                    final_event.gate_open = true;
                 }
                 Err(Some(why)) => break Some(why),
-                Err(None) if asking.is_some_and(|at| at.elapsed() >= agent.options.manager_wait) => {
+                Err(None) if asking.is_some_and(|(at, _)| at.elapsed() >= agent.options.manager_wait) => {
                     break Some(StopReason::NoManager);
                 }
                 Err(None) => {}
@@ -490,12 +529,20 @@ async fn follow(
             status = child.process.wait(), if !open => return (None, status, final_event),
             _ = renew.tick() => hold = reporter.renew().await,
             () = &mut exit_deadline => break None,
-            () = &mut ends => break Some(StopReason::TimedOut),
+            // Once the tag is written, only the time to its exit is limited.
+            () = &mut ends, if final_event.saved.is_none() => break Some(StopReason::TimedOut),
             () = lost.cancelled() => break Some(StopReason::Lost),
             () = agent.drain_over.cancelled() => break Some(StopReason::Drained),
         }
     };
     let status = child.stop().await;
+    // It may have written its tag before it ended. A process that it has left behind must not block the agent.
+    while let Ok(Some(event)) = tokio::time::timeout(LAST_EVENTS, child.events.recv()).await {
+        final_event.read(&event);
+        if let Some(event @ Event::Warning { .. }) = event_for_users(event) {
+            reporter.send(Update::Event { event }).await;
+        }
+    }
     (why, status, final_event)
 }
 
@@ -516,8 +563,13 @@ async fn hurry(agent: &Agent, reporter: &Reporter, child: &mut Child) -> bool {
 
 /// Returns whether the tag may be set: a manager has to confirm now that it is wanted, and then the queue that the job
 /// can no longer be cancelled. Fails with the reason to stop the save, or with `None` if the answer is not known yet.
-async fn may_tag(reporter: &mut Reporter) -> Result<(), Option<StopReason>> {
-    match reporter.ask_managers(NextStep::Tag).await {
+/// `replaces` is the image that would lose its tag.
+async fn may_tag(
+    reporter: &mut Reporter,
+    replaces: Option<Digest>,
+) -> Result<(), Option<StopReason>> {
+    match reporter.ask_managers(NextStep::Tag, replaces).await {
+        Some(Verdict::Pinned) => return Err(Some(StopReason::Pinned)),
         Some(Verdict::Wanted) => {}
         Some(Verdict::Unwanted) => return Err(Some(StopReason::Cancelled)),
         Some(Verdict::Superseded) => return Err(Some(StopReason::Lost)),

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::JobId;
+use crate::common::digest::Digest;
 
 /// Question that an agent sends before it touches a container, and again before it sets the tag. Signed with the node's
 /// key.
@@ -20,6 +21,9 @@ pub struct Question {
     pub fence: u64,
     /// The step that the agent is about to take.
     pub before: NextStep,
+    /// Before the tag is set: digest of the image that the tag names now and would lose it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaces: Option<Digest>,
     /// 128 random bits in hexadecimal. They tie an answer to this question and to no earlier one.
     pub nonce: String,
 }
@@ -57,6 +61,8 @@ pub enum Verdict {
     Unwanted,
     /// A later claim holds the job.
     Superseded,
+    /// The image that would lose its tag is pinned.
+    Pinned,
 }
 
 impl Question {
@@ -68,6 +74,7 @@ impl Question {
             attempt,
             fence,
             before,
+            replaces: None,
             nonce: hex::encode(rand::random::<[u8; 16]>()),
         }
     }

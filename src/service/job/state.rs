@@ -85,6 +85,8 @@ pub enum Code {
     TagImmutable,
     /// The tag names an image that the save was not to replace.
     TagExists,
+    /// The tag names an image that its owner has pinned.
+    ImagePinned,
     /// The project of the base image hands out only signed images, and the base is not signed.
     ImageNotSigned,
     /// The registry does not accept the service's user or password.
@@ -108,13 +110,14 @@ pub enum Code {
 
 impl Code {
     /// All codes.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::ContainerGone,
         Self::BaseUnproven,
         Self::QuotaExceeded,
         Self::RegistryReadOnly,
         Self::TagImmutable,
         Self::TagExists,
+        Self::ImagePinned,
         Self::ImageNotSigned,
         Self::CredentialsRefused,
         Self::RobotRefused,
@@ -135,6 +138,7 @@ impl Code {
             Self::RegistryReadOnly => "registry_read_only",
             Self::TagImmutable => "tag_immutable",
             Self::TagExists => "tag_exists",
+            Self::ImagePinned => "image_pinned",
             Self::ImageNotSigned => "image_not_signed",
             Self::CredentialsRefused => "credentials_refused",
             Self::RobotRefused => "robot_refused",
@@ -155,6 +159,7 @@ impl Code {
                 | Self::RegistryReadOnly
                 | Self::TagImmutable
                 | Self::TagExists
+                | Self::ImagePinned
                 | Self::ImageNotSigned
                 | Self::CredentialsRefused
                 | Self::RobotRefused

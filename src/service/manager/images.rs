@@ -21,6 +21,7 @@ use super::notes::{annotate, check_unpinned};
 use super::packages::retain_with;
 use super::paging::{LIMIT, Listed, cut, limit};
 use super::refusal::Refusal;
+use super::replace::seen;
 use super::target::Template;
 use super::time::rfc3339;
 use crate::common::digest::Digest;
@@ -554,7 +555,7 @@ pub(super) async fn delete(
             Some(save),
         ));
     }
-    if let Ok(Some(digest)) = app.store.digest_of(&destination).await {
+    if let Some(digest) = seen(&app, &destination).await? {
         check_unpinned(&app, &user, &name, &digest.to_string()).await?;
     }
     let which = ImageSelector::Tag(tag);

@@ -40,7 +40,7 @@ pub(super) async fn check_unpinned(
         name: name.to_owned(),
         digest: digest.to_owned(),
     };
-    if app.record.note(&key).await?.pinned {
+    if app.record.is_pinned(&key).await? {
         return Err(Refusal::new(
             StatusCode::CONFLICT,
             "image_pinned",

@@ -21,6 +21,8 @@ use crate::store::images;
 /// Time limit for looking at a tag. A slower registry must not delay the acceptance of a save; the agent looks again.
 const TAG_TIMEOUT: Duration = Duration::from_secs(3);
 
+const UNSEEN: &str = "the registry does not say which image has this tag now, so whether that is pinned is not known; try again";
+
 /// What a save is of, and whose image it makes.
 pub(super) struct Image<'a> {
     pub(super) session: &'a Session,
@@ -128,16 +130,7 @@ async fn replaces(app: &App, place: &Place<'_>, asked: &Replace) -> Result<Repla
         name: place.name.to_owned(),
         digest: found.to_string(),
     };
-    if app.record.note(&key).await?.pinned {
-        return Err(Refusal::new(
-            StatusCode::CONFLICT,
-            "image_pinned",
-            format!(
-                "{}:{} is pinned: it is not replaced until it is unpinned",
-                place.name, place.tag
-            ),
-        ));
-    }
+    check_replaceable(app, &key, place.tag).await?;
     let by = app.record.saved_as(place.destination, &key.digest).await?;
     match asked {
         Replace::Any => Ok(Replaces::Any),
@@ -147,6 +140,45 @@ async fn replaces(app: &App, place: &Place<'_>, asked: &Replace) -> Result<Repla
         }
         Replace::Never | Replace::Own | Replace::Image(_) => Err(exists(place, found, by.as_ref())),
     }
+}
+
+/// Fails if the image is pinned, which has `tag` and would lose it.
+async fn check_replaceable(app: &App, key: &ImageKey, tag: &str) -> Result<(), Refusal> {
+    if !app.record.is_pinned(key).await? {
+        return Ok(());
+    }
+    let why = format!(
+        "{}:{tag} is pinned: it is not replaced until it is unpinned",
+        key.name
+    );
+    Err(Refusal::new(StatusCode::CONFLICT, "image_pinned", why))
+}
+
+/// Returns the image that the tag of a destination names now, before something is done to it.
+///
+/// Fails with a retryable error if the registry does not say: the image may be pinned.
+pub(super) async fn seen(app: &App, destination: &str) -> Result<Option<Digest>, Refusal> {
+    match tokio::time::timeout(TAG_TIMEOUT, app.store.digest_of(destination)).await {
+        Ok(Ok(found)) => Ok(found),
+        Ok(Err(error)) => {
+            tracing::warn!(image = destination, %error, "which image has a tag is not known");
+            Err(Refusal::unavailable(UNSEEN))
+        }
+        Err(_) => Err(Refusal::unavailable(UNSEEN)),
+    }
+}
+
+/// Checks whether a save that is queued again may replace what its tag names now.
+pub(super) async fn check_again(app: &App, save: &Save) -> Result<(), Refusal> {
+    let Some(found) = seen(app, &save.destination).await? else {
+        return Ok(());
+    };
+    let key = ImageKey {
+        user: save.user.clone(),
+        name: save.name.clone(),
+        digest: found.to_string(),
+    };
+    check_replaceable(app, &key, &save.tag).await
 }
 
 fn is_own(save: &Save, place: &Place<'_>) -> bool {

@@ -15,7 +15,7 @@ use super::extract::{Body, Path, QueryParams, parse_job_id};
 use super::inventory::{find, session_name, sessions_to_save, suggested_name};
 use super::paging::{LIMIT, Listed, MAX_LIMIT, PageQuery, cut, invalid_cursor, limit};
 use super::refusal::Refusal;
-use super::replace::{Image, choose_tag};
+use super::replace::{Image, check_again, choose_tag};
 use super::time::rfc3339;
 use super::views::{show, show_all};
 use crate::service::job::{JobId, SaveOptions, State, now_ms};
@@ -544,11 +544,13 @@ pub(super) async fn requeue(
     Path(id): Path<String>,
 ) -> Result<Response, Refusal> {
     caller.require_administrator()?;
+    let save = get(&app, &caller, &id).await?;
+    if save.state == State::Failed {
+        check_again(&app, &save).await?;
+    }
     let changed = app
         .record
-        .change(parse_job_id(&id)?, &caller.name, |draft| {
-            draft.requeue(&caller.name)
-        })
+        .change(save.id, &caller.name, |draft| draft.requeue(&caller.name))
         .await?;
     let (save, begun) = changed.ok_or_else(|| Refusal::not_found("there is no such save"))?;
     if !begun {

@@ -37,7 +37,9 @@ impl Replaceable {
 }
 
 impl Destination {
-    /// Returns the digest of the image that a tag names now, if there is one.
+    /// Returns the digest of the image that a tag names now, if there is one; of an archive, that of its only image.
+    ///
+    /// Fails with [`Error::FileExists`] if an archive's file is there and is anything else.
     pub async fn digest_of(&self, tag: &str) -> Result<Option<Digest>, Error> {
         match &self.0 {
             Kind::Registry { repository, .. } => match repository.head_manifest(tag).await {
@@ -49,8 +51,20 @@ impl Destination {
                 let tag = tag.to_owned();
                 blocking(directory.clone(), move |d| d.digest_of(&tag)).await
             }
-            // An archive is replaced as a whole.
-            Kind::Archive(_) => Ok(None),
+            // An archive is replaced as a whole, whatever tag its image has.
+            Kind::Archive(archive) => {
+                let path = archive.path().to_owned();
+                let found = blocking(archive.clone(), |archive| {
+                    let existing = archive.existing()?;
+                    existing.map(|reader| reader.list()).transpose()
+                });
+                match found.await {
+                    Ok(None) => Ok(None),
+                    Ok(Some(images)) if images.len() == 1 => Ok(Some(images[0].digest)),
+                    Err(error) if error.not_permitted() || error.retryable() => Err(error),
+                    Ok(Some(_)) | Err(_) => Err(Error::FileExists { path }),
+                }
+            }
         }
     }
 
@@ -64,7 +78,10 @@ impl Destination {
         self.check_found(tag, rule, found, None).await
     }
 
-    async fn check_found(
+    /// Checks whether the tag may be taken from the image `found`. `new` is the image that is about to get it.
+    ///
+    /// Fails with [`Error::TagExists`] if it may not.
+    pub(crate) async fn check_found(
         &self,
         tag: &str,
         rule: &Replaceable,
@@ -78,6 +95,13 @@ impl Destination {
             }
             Kind::Directory(directory) if rule.save.is_some() => {
                 blocking(directory.clone(), move |d| Ok(d.small_blob(&found))).await?
+            }
+            Kind::Archive(archive) if rule.save.is_some() => {
+                let read = blocking(archive.clone(), move |archive| {
+                    let existing = archive.existing()?;
+                    existing.map(|reader| reader.blob(&found)).transpose()
+                });
+                read.await.ok().flatten()
             }
             _ => None,
         };

@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use bytes::Bytes;
 
 use super::staged::{Staged, delete_all_abandoned, sync_directory};
-use super::{Error, LAYOUT_FILE, add_to_index, blob_path, io_error, sync_error};
+use super::{Error, LAYOUT_FILE, Reader, add_to_index, blob_path, io_error, sync_error};
 use crate::common::digest::Digest;
 use crate::common::private_files::FileMode;
 
@@ -91,6 +91,21 @@ impl Archive {
         Staged::create(dir, FileMode::PRIVATE)
             .map(drop)
             .map_err(io_error(dir, "write into"))
+    }
+
+    /// Opens the file that is there now and would be replaced as a whole. Returns `None` if there is none.
+    pub(crate) fn existing(&self) -> Result<Option<Reader>, Error> {
+        let path = &self.shared.path;
+        match std::fs::symlink_metadata(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(io_error(path, "open")(e)),
+            Ok(_) => Reader::archive(path).map(Some),
+        }
+    }
+
+    /// Returns the path of the file.
+    pub(crate) fn path(&self) -> &Path {
+        &self.shared.path
     }
 
     /// Returns the size in bytes of a blob that was written. A blob whose size differs from `size` counts as missing.

@@ -293,7 +293,7 @@ impl Directory {
         let mut writing = self.begin()?;
         let lock = sweep::lock(&self.path, FlockOperation::LockExclusive)?;
         let existing = read_document(&self.path.join("index.json"))?;
-        let replaced = existing.as_deref().and_then(|index| tagged(index, tag));
+        let replaced = self.tagged(existing.as_deref(), tag)?;
         if let Some(found) = replaced
             && !may(found)
         {
@@ -351,7 +351,12 @@ impl Directory {
     /// Returns the digest of the image that a tag names, if there is one.
     pub(crate) fn digest_of(&self, tag: &str) -> Result<Option<Digest>, Error> {
         let existing = read_document(&self.path.join("index.json"))?;
-        Ok(existing.and_then(|index| tagged(&index, tag)))
+        self.tagged(existing.as_deref(), tag)
+    }
+
+    fn tagged(&self, index: Option<&[u8]>, tag: &str) -> Result<Option<Digest>, Error> {
+        let Some(index) = index else { return Ok(None) };
+        tagged(index, tag).map_err(|reason| self.bad_index(reason))
     }
 
     /// Returns the content of a document's blob; `None` if it cannot be read.

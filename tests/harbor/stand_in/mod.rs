@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde_json::{Value, json};
 use upperdeck::common::digest::Digest;
 
-use crate::http::{Request, Response, Server, unescape};
+use crate::http::{Request, Response, Server, Slow, unescape};
 
 /// The address configured in Harbor, which may differ from the one that it is reached at.
 const EXTERNAL: &str = "http://harbor.example";
@@ -46,6 +46,10 @@ pub struct State {
     pub collect_before_manifest: bool,
     /// Number of manifests that are answered with 500 before one is accepted.
     pub fail_manifests: u32,
+    /// Requests with this method and this text in the path are answered slowly.
+    pub slow: Option<(&'static str, &'static str, Slow)>,
+    /// Number of requests that were answered slowly.
+    pub slowed: u32,
 }
 
 struct User {
@@ -149,7 +153,14 @@ impl StandIn {
         let shared = Arc::clone(&state);
         let server = Server::start(move |request| {
             let mut state = shared.lock().unwrap_or_else(PoisonError::into_inner);
-            let answer = state.answer(&request);
+            let mut answer = state.answer(&request);
+            if let Some((method, part, slow)) = state.slow
+                && request.method == method
+                && request.path.contains(part)
+            {
+                answer.slow = Some(slow);
+                state.slowed += 1;
+            }
             if request.path.starts_with("/api/") {
                 state.seen.push((request, answer.clone()));
             }

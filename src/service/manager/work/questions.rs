@@ -8,7 +8,7 @@ use futures_util::StreamExt as _;
 use super::{ERROR_DELAY, TaskError};
 use crate::service::job::{Answer, NextStep, Question, Verdict};
 use crate::service::manager::App;
-use crate::service::record::Save;
+use crate::service::record::{ImageKey, Save};
 
 const QUESTIONS_WAIT: Duration = Duration::from_secs(5);
 const CONCURRENCY: usize = 16;
@@ -65,7 +65,18 @@ pub(super) async fn answer(app: &App) {
 
 async fn answer_one(app: &App, question: Question) -> Result<(), TaskError> {
     let save = app.record.save(question.job).await?;
-    let verdict = verdict(save.as_ref(), &question);
+    let mut verdict = verdict(save.as_ref(), &question);
+    if let (Verdict::Wanted, Some(save), Some(digest)) = (verdict, &save, question.replaces) {
+        // Its owner may have pinned it since the save was accepted.
+        let key = ImageKey {
+            user: save.user.clone(),
+            name: save.name.clone(),
+            digest: digest.to_string(),
+        };
+        if app.record.is_pinned(&key).await? {
+            verdict = Verdict::Pinned;
+        }
+    }
     if verdict != Verdict::Wanted {
         tracing::info!(job = %question.job, node = question.node, attempt = question.attempt, fence = question.fence, word = ?verdict, "an agent is not to go on");
     }

@@ -169,6 +169,8 @@ export default {
   "failed.tag_immutable": "This name and tag exist already, and a rule says that they stay as they are.",
   "advice.tag_immutable": "Save under another tag.",
   "failed.tag_exists": "Another image has got this name and tag meanwhile.",
+  "failed.image_pinned": "The image with this name and tag is pinned.",
+  "advice.image_pinned": "It was not replaced. Unpin it, or save under another tag.",
   "advice.tag_exists": "It was not replaced. Save again, under another tag or with a word that it may be replaced.",
   "failed.image_not_signed": "The image that the session was started from is not signed, and its project hands out only signed images.",
   "advice.image_not_signed": "Saving again will not help. Tell your administrators; your session is untouched.",

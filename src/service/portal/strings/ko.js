@@ -166,6 +166,8 @@ export default {
   "failed.tag_immutable": "이 이름과 태그는 이미 있으며, 규칙에 따라 바꿀 수 없습니다.",
   "advice.tag_immutable": "다른 태그로 저장하십시오.",
   "failed.tag_exists": "그사이 다른 이미지가 이 이름과 태그를 가졌습니다.",
+  "failed.image_pinned": "이 이름과 태그의 이미지는 고정되어 있습니다.",
+  "advice.image_pinned": "그 이미지는 바뀌지 않았습니다. 고정을 풀거나 다른 태그로 저장하십시오.",
   "advice.tag_exists": "그 이미지는 바뀌지 않았습니다. 다른 태그로 저장하거나, 바꾸어도 된다고 답하고 다시 저장하십시오.",
   "failed.image_not_signed": "세션이 시작된 이미지에 서명이 없고, 그 프로젝트는 서명된 이미지만 내줍니다.",
   "advice.image_not_signed": "다시 저장해도 소용없습니다. 관리자에게 알려 주십시오. 세션은 그대로입니다.",
