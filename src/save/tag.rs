@@ -40,9 +40,10 @@ impl Permit {
     ) -> Result<Self, Error> {
         let (options, destination) = (of.options, of.destination);
         let Some(gate) = &options.gate else {
-            let to_delete = match options.delete_replaced {
-                true => tokio::time::timeout(AFTER_LIMIT, destination.tagged(tag)).await,
-                false => Ok(None),
+            let to_delete = if options.delete_replaced {
+                tokio::time::timeout(AFTER_LIMIT, destination.tagged(tag)).await
+            } else {
+                Ok(None)
             };
             return Ok(Self {
                 rule: options.replaceable.clone(),
@@ -93,7 +94,8 @@ pub(super) async fn write(
                     "the destination may lack parts of the image, which are looked for again: {error}"
                 );
                 context.warn("again", why);
-                made = until_cancelled(&cancel, complete(context, of, made, attempt)).await?;
+                let completed = Box::pin(complete(context, of, made, attempt));
+                made = until_cancelled(&cancel, completed).await?;
                 attempt += 1;
             }
             written => return Ok((made, written?)),
