@@ -1,5 +1,6 @@
 //! The destination of a saved image (a registry, a layout directory or a layout archive) behind one interface.
 
+mod harbor_extras;
 mod tag;
 
 use std::fmt;
@@ -423,35 +424,6 @@ impl Destination {
         match &self.0 {
             Kind::Registry { repository, .. } => Ok(Budget::of(repository).await?),
             Kind::Directory(_) | Kind::Archive(_) => Ok(None),
-        }
-    }
-
-    /// Returns the digest of the image that has the tag now. Returns `None` if there is none, or the registry is not a
-    /// Harbor.
-    pub async fn tagged(&self, tag: &str) -> Option<Digest> {
-        match &self.0 {
-            Kind::Registry { repository, .. } => harbor::tagged(repository, tag).await,
-            Kind::Directory(_) | Kind::Archive(_) => None,
-        }
-    }
-
-    /// Deletes an image that its last tag has moved away from, if nothing else needs it. Returns whether it did.
-    pub async fn delete_replaced(&self, digest: &Digest) -> Result<bool, Error> {
-        match &self.0 {
-            Kind::Registry { repository, .. } => {
-                Ok(harbor::delete_replaced(repository, digest).await?)
-            }
-            Kind::Directory(_) | Kind::Archive(_) => Ok(false),
-        }
-    }
-
-    /// Puts labels of Harbor on an image, if the registry is a Harbor.
-    pub async fn add_labels(&self, digest: &Digest, names: &[String]) -> Result<(), Error> {
-        match &self.0 {
-            Kind::Registry { repository, .. } => {
-                Ok(harbor::add_labels(repository, digest, names).await?)
-            }
-            Kind::Directory(_) | Kind::Archive(_) => Ok(()),
         }
     }
 

@@ -2,6 +2,7 @@
 //! child's events, and makes sure that no container stays frozen if a process dies.
 
 mod child;
+mod final_event;
 mod inventory;
 mod kind;
 mod load;
@@ -12,6 +13,7 @@ mod refusal;
 mod reporter;
 mod spool;
 mod stuck;
+mod user_values;
 mod work;
 
 use std::collections::HashMap;

@@ -9,11 +9,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::Agent;
 use super::child::{self, Child};
+use super::final_event::FinalEvent;
 use super::kind;
 use super::metadata::{read_packages, read_saved};
 use super::refusal::{Refusal, event_for_users, refusal_of, too_much_memory};
 use super::reporter::Reporter;
 use super::spool::{ChildRecord, JobFile};
+use super::user_values::check_user_values;
 use crate::common::digest::Digest;
 use crate::common::failure::FailureKind;
 use crate::node::container::{self, Container, Runtime};
@@ -31,9 +33,6 @@ const THAW_TIMEOUT: Duration = Duration::from_secs(60);
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest wait for the next event of a child that has been stopped.
 const LAST_EVENTS: Duration = Duration::from_secs(1);
-/// Maximum total size in bytes of all values that users choose. The kernel accepts 128 KiB per argument and 2 MiB in
-/// all.
-const MAX_USER_VALUES: usize = 96 << 10;
 
 /// Why a save does not start, or ends without success, although nothing is wrong with the job.
 const NO_MANAGER: &str =
@@ -233,50 +232,6 @@ fn check_order(agent: &Agent, order: &Order) -> Result<(), Refusal> {
     ))
 }
 
-/// Checks the values that the user chose.
-fn check_user_values(order: &Order) -> Result<(), Refusal> {
-    let options = &order.options;
-    let known = options
-        .compression
-        .as_deref()
-        .is_none_or(|codec| matches!(codec, "gzip" | "zstd"));
-    if !known {
-        return Err(Refusal::of(Code::Policy, "the compression is gzip or zstd"));
-    }
-    if options
-        .labels
-        .keys()
-        .any(|key| key.is_empty() || key.contains('='))
-    {
-        return Err(Refusal::of(
-            Code::Policy,
-            "a label's key is not empty, and has no '=' in it",
-        ));
-    }
-    let labels = options.labels.iter().flat_map(|(key, value)| [key, value]);
-    let texts = labels
-        .chain(&options.exclude)
-        .chain(&options.include_volumes)
-        .chain(&order.message);
-    let mut bytes = 0;
-    for text in texts {
-        if text.contains('\0') {
-            return Err(Refusal::of(
-                Code::Policy,
-                "message, labels and patterns have no zero bytes",
-            ));
-        }
-        bytes += text.len();
-    }
-    if bytes > MAX_USER_VALUES {
-        let why = format!(
-            "message, labels and patterns have {bytes} bytes; {MAX_USER_VALUES} are the most"
-        );
-        return Err(Refusal::of(Code::Policy, why));
-    }
-    Ok(())
-}
-
 /// Returns the container with exactly this ID. Fails if it is not the same process that the last listing saw.
 fn find(agent: &Agent, session: &str) -> Result<Container, Refusal> {
     let gone = || Refusal::of(Code::ContainerGone, "the session has ended");
@@ -432,40 +387,6 @@ async fn delete_remains(order: &Order) {
     }
 }
 
-/// The final event of a child.
-#[derive(Default)]
-struct FinalEvent {
-    saved: Option<(String, String)>,
-    failed: Option<(String, String, bool)>,
-    /// Whether the child was permitted to write the tag.
-    gate_open: bool,
-}
-
-impl FinalEvent {
-    /// Returns whether the event says how the save ends.
-    fn read(&mut self, event: &Event) -> bool {
-        match event {
-            Event::Saved { reference, digest } => {
-                self.saved = Some((reference.clone(), digest.to_string()));
-            }
-            Event::Failed {
-                code,
-                message,
-                retryable,
-                ..
-            } => self.failed = Some((code.clone(), message.clone(), *retryable)),
-            _ => return false,
-        }
-        true
-    }
-
-    /// Returns whether the tag may be written although the child has not said so: it was stopped while it wrote it.
-    fn is_tag_uncertain(&self) -> bool {
-        let told = self.failed.as_ref().map(|(code, ..)| code.as_str());
-        self.gate_open && told.is_none_or(|code| code == "cancelled")
-    }
-}
-
 /// Forwards the child's events, renews the lease, and stops the child if necessary.
 async fn follow(
     agent: &Agent,
@@ -549,7 +470,7 @@ async fn follow(
 /// Has the save run at normal priority, if a manager confirms that this was asked for. Returns `false` if the answer is
 /// not known yet.
 async fn hurry(agent: &Agent, reporter: &Reporter, child: &mut Child) -> bool {
-    let Some(verdict) = reporter.ask_managers(NextStep::Hurry).await else {
+    let Some(verdict) = reporter.ask_managers(NextStep::Hurry, None).await else {
         return false;
     };
     let job = reporter.claim.order.job;
@@ -611,7 +532,6 @@ mod tests {
     use std::os::unix::process::ExitStatusExt as _;
 
     use super::*;
-    use crate::service::agent::spool::tests::order;
 
     #[test]
     fn how_a_child_ended_becomes_a_code() {
@@ -713,45 +633,6 @@ mod tests {
                 "{case}"
             );
             assert!(!refusal.message.contains("upperdeck: "), "{case}");
-        }
-    }
-
-    #[test]
-    fn what_users_chose_is_checked() {
-        type Change = fn(&mut Order);
-        let cases: [(&str, Change, bool); 7] = [
-            ("nothing", |_| {}, true),
-            (
-                "codec",
-                |o| o.options.compression = Some("zstd".to_owned()),
-                true,
-            ),
-            (
-                "no codec",
-                |o| o.options.compression = Some("none".to_owned()),
-                false,
-            ),
-            (
-                "key",
-                |o| drop(o.options.labels.insert("a=b".to_owned(), String::new())),
-                false,
-            ),
-            (
-                "empty key",
-                |o| drop(o.options.labels.insert(String::new(), String::new())),
-                false,
-            ),
-            ("zero byte", |o| o.message = Some("a\0b".to_owned()), false),
-            (
-                "long",
-                |o| o.options.exclude = vec!["x".repeat(MAX_USER_VALUES + 1)],
-                false,
-            ),
-        ];
-        for (case, change, fine) in cases {
-            let mut it = order();
-            change(&mut it);
-            assert_eq!(check_user_values(&it).is_ok(), fine, "{case}");
         }
     }
 }
