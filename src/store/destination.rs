@@ -427,11 +427,6 @@ impl Destination {
         }
     }
 
-    /// Returns whether this is an archive, which is replaced as a whole.
-    pub(crate) fn is_archive(&self) -> bool {
-        matches!(self.0, Kind::Archive(_))
-    }
-
     /// Returns how many blobs should be written concurrently.
     pub(crate) fn max_concurrent_blobs(&self) -> usize {
         match &self.0 {

@@ -87,6 +87,15 @@ pub(super) async fn replaceable(
 ) -> Result<(Option<Digest>, Replaceable), Refusal> {
     let found = app.store.digest_of(place.destination).await;
     let found = found.map_err(images::Error::from)?;
+    if let Some(found) = found {
+        // The second look, for what was asked, may find no registry.
+        let key = ImageKey {
+            user: place.user.to_owned(),
+            name: place.name.to_owned(),
+            digest: found.to_string(),
+        };
+        check_replaceable(app, &key, place.tag).await?;
+    }
     let digest = match replaces(app, place, asked).await? {
         Replaces::Any => found,
         Replaces::Image(digest) => Some(digest),

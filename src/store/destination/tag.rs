@@ -37,6 +37,11 @@ impl Replaceable {
 }
 
 impl Destination {
+    /// Returns whether this is an archive, which is replaced as a whole.
+    pub(crate) fn is_archive(&self) -> bool {
+        matches!(self.0, Kind::Archive(_))
+    }
+
     /// Returns the digest of the image that a tag names now, if there is one; of an archive, that of its only image.
     ///
     /// Fails with [`Error::FileExists`] if an archive's file is there and is anything else.

@@ -350,7 +350,13 @@ impl From<crate::store::destination::Error> for Error {
             Of::Registry(error) => Self::Registry(error),
             Of::Harbor(error) => Self::Harbor(error),
             Of::Layout(error) => Self::Layout(error),
-            Of::TagExists { tag, .. } => Self::NotFound(format!("an image to take {tag} from")),
+            Of::TagExists { tag, .. } | Of::TagMoved { tag, .. } => {
+                Self::NotFound(format!("an image to take {tag} from"))
+            }
+            Of::FileExists { ref path } => Self::Place {
+                text: path.display().to_string(),
+                reason: error.to_string(),
+            },
             Of::RuntimeStopped => Self::RuntimeStopped,
         }
     }
