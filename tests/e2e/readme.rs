@@ -15,7 +15,7 @@ use crate::save::WORK;
 use crate::support::{Need, ignored, program};
 
 #[path = "../support/readme.rs"]
-mod readme;
+mod text;
 
 const README: &str = include_str!("../../README.md");
 const SERVICE: &str = include_str!("../../docs/service.md");
@@ -166,7 +166,7 @@ fn the_tour_of_the_readme_runs_as_printed() -> Result<()> {
     fs::create_dir_all(work.join("U"))?;
     fs::write(work.join("U/new"), "new\n")?;
 
-    let lines = readme::commands(README, "A tour");
+    let lines = text::commands(README, "A tour");
     let mut ran = Vec::new();
     for line in &lines {
         let verb = line.split(' ').nth(1).unwrap_or_default();
@@ -223,7 +223,7 @@ fn the_installation_runs_as_printed() -> Result<()> {
     }
     let scratch = Scratch::new()?;
     let reader = Reader::new(&scratch)?;
-    let lines = readme::commands(README, "Install");
+    let lines = text::commands(README, "Install");
     let (doctor, files): (Vec<_>, Vec<_>) = lines
         .iter()
         // It builds the program, which is here already.
@@ -258,7 +258,7 @@ fn the_service_is_set_up_as_printed() -> Result<()> {
     }
     let scratch = Scratch::new()?;
     let reader = Reader::new(&scratch)?;
-    let lines = readme::commands(SERVICE, "On a cluster");
+    let lines = text::commands(SERVICE, "On a cluster");
     let wanted =
         |line: &&String| line.starts_with("upperdeck setup ") || line.contains("master-key --node");
     let lines: Vec<&str> = lines

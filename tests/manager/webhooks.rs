@@ -95,12 +95,15 @@ async fn hook(
         body: body.to_vec(),
     };
     let times = {
-        let mut seen = to.seen.lock().unwrap();
+        let mut seen = to.seen.lock().expect("no test panics while it holds this");
         let times = seen.entry(received.id.clone()).or_default();
         *times += 1;
         *times
     };
-    to.received.lock().unwrap().push(received);
+    to.received
+        .lock()
+        .expect("no test panics while it holds this")
+        .push(received);
     match path.as_str() {
         "hangs" => std::future::pending().await,
         "gone" => StatusCode::GONE.into_response(),
@@ -127,7 +130,10 @@ impl Receiver {
     }
 
     fn at(&self, path: &str) -> Vec<Received> {
-        let all = self.received.lock().unwrap();
+        let all = self
+            .received
+            .lock()
+            .expect("no test panics while it holds this");
         all.iter().filter(|one| one.path == path).cloned().collect()
     }
 

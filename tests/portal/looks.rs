@@ -30,7 +30,7 @@ fn populate(standin: &Standin) {
     world.images[1].pinned = true;
     world.images[2].shared = vec!["jun".to_owned()];
     let mut lent = world.image("survey", &["v3"], Category::Cpu, 3_000_000_000, 50, None);
-    lent.user = "jun".to_owned();
+    "jun".clone_into(&mut lent.user);
     world.shared.push(lent);
 }
 

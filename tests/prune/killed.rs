@@ -48,10 +48,10 @@ fn what_a_killed_save_wrote_goes_with_the_next_command() {
     let commands: [(&str, &dyn Fn()); 4] = [
         ("save", &|| drop(Directory::new(&layout).check())),
         ("recover", &|| {
-            assert_eq!(recover(&layout).unwrap().blobs, 2)
+            assert_eq!(recover(&layout).unwrap().blobs, 2);
         }),
         ("prune", &|| {
-            assert_eq!(prune(&layout, DAY).unwrap().deleted.len(), 2)
+            assert_eq!(prune(&layout, DAY).unwrap().deleted.len(), 2);
         }),
         ("rm", &|| {
             let at = format!("oci:{}", layout.display());
@@ -188,7 +188,9 @@ fn worker() {
                 let runtime = tokio::runtime::Builder::new_current_thread()
                     .build()
                     .unwrap();
-                let registries = upperdeck::store::registry::Registries::new(Default::default());
+                let registries = upperdeck::store::registry::Registries::new(
+                    upperdeck::store::registry::Access::default(),
+                );
                 let which = upperdeck::store::images::ImageSelector::Tag(tag);
                 let _ = runtime.block_on(async {
                     let images = location.open(&registries).await?;

@@ -43,7 +43,7 @@ struct Row<'a> {
     name: &'a Bytes,
     /// Absent for whiteouts.
     status: Option<Status>,
-    extra: Option<(Cow<'a, Extra>, StoredXattrs)>,
+    extra: Option<(Cow<'a, Extra>, Option<StoredXattrs>)>,
 }
 
 /// What `stat` says of an entry. Inode number and times are differences from the previous entry that has a status.
@@ -67,7 +67,6 @@ struct Status {
 /// The extended attributes of an entry.
 #[derive(Serialize, Deserialize)]
 enum StoredXattrs {
-    None,
     /// A set that no entry before has.
     New(Vec<(ByteBuf, ByteBuf)>),
     /// The number of a set, in the order of their first entries.
@@ -122,8 +121,11 @@ impl Scan {
                 back: index - entry.parent,
                 name: Bytes::new(self.name(&entry)),
                 status,
-                extra: (self.extra(&entry).filter(|_| !marker))
-                    .map(|extra| (Cow::Borrowed(extra), store_xattrs(extra, &mut sets))),
+                extra: self.extra(&entry).filter(|_| !marker).map(|extra| {
+                    let xattrs = extra.xattrs.as_ref();
+                    let xattrs = xattrs.map(|xattrs| store_xattrs(xattrs, &mut sets));
+                    (Cow::Borrowed(extra), xattrs)
+                }),
             };
             write(&row, to)?;
             if !marker {
@@ -230,7 +232,9 @@ impl Scan {
             let extra = match row.extra {
                 Some((extra, xattrs)) => {
                     let mut extra = extra.into_owned();
-                    extra.xattrs = restore_xattrs(xattrs, &mut sets)?;
+                    if let Some(xattrs) = xattrs {
+                        extra.xattrs = Some(restore_xattrs(xattrs, &mut sets)?);
+                    }
                     Some(extra)
                 }
                 None => None,
@@ -260,10 +264,7 @@ fn read<'a, T: Deserialize<'a>>(from: &'a mut impl Read, buffer: &'a mut [u8]) -
 }
 
 /// `sets` maps the attribute sets written so far to their numbers.
-fn store_xattrs(extra: &Extra, sets: &mut HashMap<*const Xattr, u32>) -> StoredXattrs {
-    let Some(xattrs) = &extra.xattrs else {
-        return StoredXattrs::None;
-    };
+fn store_xattrs(xattrs: &Xattrs, sets: &mut HashMap<*const Xattr, u32>) -> StoredXattrs {
     let next = sets.len() as u32;
     let number = *sets.entry(xattrs.as_ptr()).or_insert(next);
     if number < next {
@@ -275,19 +276,17 @@ fn store_xattrs(extra: &Extra, sets: &mut HashMap<*const Xattr, u32>) -> StoredX
 }
 
 /// `sets` holds the attribute sets read so far.
-fn restore_xattrs(stored: StoredXattrs, sets: &mut Vec<Xattrs>) -> Option<Option<Xattrs>> {
-    Some(match stored {
-        StoredXattrs::None => None,
-        StoredXattrs::Known(number) => Some(Arc::clone(sets.get(number as usize)?)),
+fn restore_xattrs(stored: StoredXattrs, sets: &mut Vec<Xattrs>) -> Option<Xattrs> {
+    match stored {
+        StoredXattrs::Known(number) => sets.get(number as usize).map(Arc::clone),
+        StoredXattrs::New(set) if set.is_empty() => None,
         StoredXattrs::New(set) => {
-            let set = set
-                .into_iter()
-                .map(|(name, value)| (name.into_vec(), value.into_vec()));
-            let set: Xattrs = set.collect();
+            let owned = |(name, value): (ByteBuf, ByteBuf)| (name.into_vec(), value.into_vec());
+            let set: Xattrs = set.into_iter().map(owned).collect();
             sets.push(Arc::clone(&set));
-            (!set.is_empty()).then_some(set)
+            Some(set)
         }
-    })
+    }
 }
 
 #[cfg(test)]
