@@ -206,7 +206,8 @@ pub(crate) async fn commit(
     let of = subject.of(options);
     let prepared = Box::pin(prepare(&mut context, &of, target.tag()));
     let (made, permit) = until_cancelled(cancel, prepared).await?;
-    let (made, digest) = tag::write(&mut context, &of, made, target.tag(), &permit).await?;
+    let (made, digest) =
+        Box::pin(tag::write(&mut context, &of, made, target.tag(), &permit)).await?;
     let Made {
         earlier,
         taken,
