@@ -444,6 +444,7 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
     // Every flag that they name exists.
     let commit = text(&upperdeck(&["commit", "--help"])?.stdout);
     let layer = text(&upperdeck(&["layer", "--help"])?.stdout);
+    let inspect = text(&upperdeck(&["inspect", "--help"])?.stdout);
     let ps = text(&upperdeck(&["ps", "--help"])?.stdout);
     let bench = text(&upperdeck(&["bench", "--help"])?.stdout);
     let list = text(&upperdeck(&["image", "ls", "--help"])?.stdout);
@@ -472,8 +473,8 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
         assert!(
             foreign
                 || [
-                    &help, &commit, &layer, &ps, &bench, &list, &remove, &prune, &submit, &manager,
-                    &agent, &up, &doctor, &setup,
+                    &help, &commit, &layer, &inspect, &ps, &bench, &list, &remove, &prune, &submit,
+                    &manager, &agent, &up, &doctor, &setup,
                 ]
                 .iter()
                 .any(|text| text.contains(flag)),

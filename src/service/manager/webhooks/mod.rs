@@ -18,9 +18,6 @@ use super::api::{Notify, SaveNotice};
 use super::auth::Range;
 use super::cors::WebOrigin;
 use super::refusal::Refusal;
-use super::standing::Standing;
-use super::time::rfc3339;
-use super::views::shown;
 use crate::service::record::{Notice, Receiver, ReceiverKind, SaveEvent};
 use crate::store::registry::http_client;
 
@@ -188,7 +185,7 @@ impl Sender {
     }
 
     /// Sends a notice once.
-    pub(super) async fn send(&self, notice: &Notice) -> Delivery {
+    pub(super) async fn send(&self, notice: &Notice, message: &SaveNotice) -> Delivery {
         let (client, url) = if notice.site {
             (
                 self.site.get(&notice.address),
@@ -203,12 +200,7 @@ impl Sender {
             (None, _) => return Delivery::Refused("it is no receiver any more".to_owned()),
         };
         let of_user = (!notice.site).then_some(notice.save.user.as_str());
-        let message = SaveNotice {
-            event: notice.event,
-            timestamp: rfc3339(notice.at_ms),
-            data: shown(&notice.save, &Standing::default()),
-        };
-        let body = serde_json::to_vec(&message).unwrap_or_default();
+        let body = serde_json::to_vec(message).unwrap_or_default();
         let now = Timestamp::now().as_second();
         let signature = self.settings.secrets.sign(of_user, &notice.id, now, &body);
         let sent = client

@@ -8,6 +8,10 @@ use tokio::task::JoinSet;
 use super::TaskError;
 use crate::service::job::now_ms;
 use crate::service::manager::App;
+use crate::service::manager::api::SaveNotice;
+use crate::service::manager::standing::Standing;
+use crate::service::manager::time::rfc3339;
+use crate::service::manager::views::shown;
 use crate::service::manager::webhooks::Delivery;
 use crate::service::record::{Notice, ReceiverKind};
 
@@ -65,7 +69,14 @@ fn failed(app: &App, error: &TaskError) {
 
 async fn deliver_one(app: &App, notice: &Notice) -> Result<(), TaskError> {
     let delivery = match notice.kind {
-        ReceiverKind::Webhook => app.webhooks.send(notice).await,
+        ReceiverKind::Webhook => {
+            let message = SaveNotice {
+                event: notice.event,
+                timestamp: rfc3339(notice.at_ms),
+                data: shown(&notice.save, &Standing::default()),
+            };
+            app.webhooks.send(notice, &message).await
+        }
     };
     let (job, event) = (notice.save.id, notice.event.name());
     let (reason, after) = match delivery {
