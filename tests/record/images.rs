@@ -106,3 +106,37 @@ fn the_save_that_ended_last_has_the_tag() -> Outcomes {
         Ok(())
     })
 }
+
+#[test]
+fn one_who_shares_very_many_images_does_not_crowd_out_the_others() -> Outcomes {
+    on_both(async |place: String| {
+        let record = Record::open(&place).await?;
+        let share = async |owner: &str, n: usize, with: NoteChange| {
+            let key = ImageKey {
+                user: owner.into(),
+                name: "torch".into(),
+                digest: format!("sha256:{n:03}"),
+            };
+            record.change_note(&key, &with).await
+        };
+        let user = NoteChange {
+            shared: Some(vec!["mallory".into()]),
+            ..NoteChange::default()
+        };
+        let group = NoteChange {
+            groups: Some(vec!["lab".into()]),
+            ..NoteChange::default()
+        };
+        for n in 0..250 {
+            share("alice", n, user.clone()).await?;
+            share("alice", n + 250, group.clone()).await?;
+        }
+        share("bob", 1, user).await?;
+        share("carol", 2, group).await?;
+        let shared = record.shared_with("mallory", &["lab".into()]).await?;
+        let owners = |owner: &str| shared.iter().filter(|key| key.user == owner).count();
+        assert_eq!((owners("bob"), owners("carol")), (1, 1));
+        assert!((100..500).contains(&owners("alice")), "{}", owners("alice"));
+        Ok(())
+    })
+}

@@ -27,7 +27,9 @@ impl FromStr for WebOrigin {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let url = Url::parse(text).ok().filter(|url| {
-            matches!(url.scheme(), "http" | "https") && url.origin().ascii_serialization() == text
+            matches!(url.scheme(), "http" | "https")
+                && url.origin().ascii_serialization() == text
+                && !text.contains('*')
         });
         url.map(|_| Self(text.to_owned())).ok_or_else(|| {
             "expected an origin as browsers send it, e.g. https://portal.example.org, without a path and without wildcards"

@@ -384,24 +384,24 @@ impl Record {
         Ok(())
     }
 
-    /// Returns the images of others that are shared with `user` or with one of `groups`.
+    /// Returns the images of others that are shared with `user` or with one of `groups`, at most [`BATCH`] each. Of every
+    /// owner the latest come first, so that one who shares very many does not crowd out the others.
     pub async fn shared_with(&self, user: &str, groups: &[String]) -> Result<Vec<ImageKey>, Error> {
-        let rows = sqlx::query(
-            "SELECT user_name, name, digest FROM image_shares WHERE grantee = $1 AND user_name <> $1
-             ORDER BY user_name, name, digest LIMIT $2",
-        )
-        .bind(user)
-        .bind(BATCH as i64)
-        .fetch_all(&self.pool)
-        .await?;
+        const COLUMNS: &str = "user_name, name, digest, row_number() OVER \
+            (PARTITION BY user_name ORDER BY created_ms DESC, name, digest) AS place";
+        const ORDER: &str = "ORDER BY place, user_name, name, digest LIMIT";
+        let text = format!(
+            "SELECT {COLUMNS} FROM image_shares WHERE grantee = $1 AND user_name <> $1 {ORDER} {BATCH}"
+        );
+        let rows = sqlx::query(&text).bind(user).fetch_all(&self.pool).await?;
         let mut found = rows
             .iter()
             .map(key_of)
             .collect::<Result<BTreeSet<_>, _>>()?;
         for part in groups.chunks(BATCH) {
             let text = format!(
-                "SELECT user_name, name, digest FROM image_group_shares
-                 WHERE user_name <> $1 AND group_name IN ({}) ORDER BY user_name, name, digest LIMIT {BATCH}",
+                "SELECT {COLUMNS} FROM image_group_shares
+                 WHERE user_name <> $1 AND group_name IN ({}) {ORDER} {BATCH}",
                 places(2, part.len())
             );
             let query = sqlx::query(&text).bind(user);
