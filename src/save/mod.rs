@@ -52,7 +52,9 @@ use trees::Baseline;
 
 pub(crate) use base::Delivered;
 pub(crate) use error::Error;
-pub(crate) use gate::{Gate, HURRY};
+pub(crate) use gate::Gate;
+#[cfg(feature = "service")]
+pub(crate) use gate::HURRY;
 pub use layer_size::LayerSize;
 pub(crate) use layer_size::split_plan;
 pub(crate) use live::MAX_PAUSE;

@@ -176,7 +176,7 @@ pub(super) enum Verb {
     Ps(Ps),
     /// Show the base, layers, size of the changes and what will not be saved
     #[command(after_long_help = INSPECT_HELP)]
-    Inspect(Inspect),
+    Inspect(Box<Inspect>),
     /// List the changes of a container: A added, C changed, D deleted
     #[command(after_long_help = DIFF_HELP)]
     Diff(Diff),

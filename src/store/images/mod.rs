@@ -592,6 +592,7 @@ impl ImageLocation {
 }
 
 /// Returns all images of a repository.
+#[cfg(feature = "service")]
 pub(crate) async fn all_images(
     images: &dyn Images,
     repository: &str,
