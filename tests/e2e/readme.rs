@@ -172,6 +172,7 @@ fn the_tour_of_the_readme_runs_as_printed() -> Result<()> {
         let verb = line.split(' ').nth(1).unwrap_or_default();
         let expected = match verb {
             "ps" => "jupyter/notebook-0",
+            "inspect" if line.contains("--packages") => "no package differs",
             "inspect" => "notebook:1",
             "diff" => "A ",
             "commit" => "registry.example.org/alice/notebook",
