@@ -3,10 +3,10 @@
 use reqwest::{Method, StatusCode};
 use serde_json::json;
 use upperdeck::image::packages::{ChangeKind, Manager, PackageChange, Packages};
-use upperdeck::service::job::{JobId, Outcome, Saved, Update};
+use upperdeck::service::job::JobId;
 
-use crate::site::{Agent, Outcomes, Site, Who, ask, get, id, session, succeeded, until};
-use crate::store::push;
+use crate::site::{Agent, Outcomes, Site, Who, ask, get, id, session};
+use crate::store::{push, save_with};
 
 fn list(packages: &[(&str, &str)]) -> Packages {
     let added = packages.iter().map(|(name, version)| PackageChange {
@@ -31,28 +31,7 @@ async fn save(
     packages: Packages,
 ) -> Result<JobId, Box<dyn std::error::Error>> {
     let digest = push(site, "alice", "torch", tag, tag)?;
-    let body = json!({"session": id(1), "image": {"name": "torch", "tag": tag}, "replace": "any"});
-    let (status, body) = ask(at, Who::Alice, Method::POST, "/api/v1/saves", Some(body)).await?;
-    assert_eq!(status, StatusCode::ACCEPTED, "{body}");
-    let job: JobId = body["id"].as_str().ok_or("no id")?.parse()?;
-    let claim = agent.claim().await?;
-    agent.begin(&claim).await?;
-    agent
-        .send_update(&claim, 2, Update::Packages { packages })
-        .await?;
-    let Outcome::Succeeded { saved } = succeeded() else {
-        return Err("no success".into());
-    };
-    let saved = Saved {
-        digest: digest.to_string(),
-        reference: format!("oci:{}/alice/torch@{digest}", site.images().display()),
-        base_name: Some("h.example/scipy:1".into()),
-        ..saved
-    };
-    agent.end(&claim, 3, Outcome::Succeeded { saved }).await?;
-    let path = format!("/api/v1/saves/{job}");
-    until(at, Who::Alice, &path, |save| save["state"] == "succeeded").await?;
-    Ok(job)
+    save_with(site, at, agent, (1, tag), &digest, Some(packages)).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,8 @@ use bytes::Bytes;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use upperdeck::common::digest::Digest;
-use upperdeck::service::job::{JobId, Outcome, Saved};
+use upperdeck::image::packages::Packages;
+use upperdeck::service::job::{JobId, Outcome, Saved, Update};
 use upperdeck::store::layout::Directory;
 
 use crate::site::{Agent, Outcomes, Site, Who, ask, get, id, session, succeeded, until};
@@ -91,6 +92,18 @@ pub async fn save_as(
     tag: &str,
     digest: &Digest,
 ) -> Result<JobId, Box<dyn std::error::Error>> {
+    save_with(site, at, agent, (n, tag), digest, None).await
+}
+
+/// Saves session `n` as `torch:TAG`. The agent tells of the packages, if there are any.
+pub async fn save_with(
+    site: &Site,
+    at: std::net::SocketAddr,
+    agent: &Agent,
+    (n, tag): (usize, &str),
+    digest: &Digest,
+    packages: Option<Packages>,
+) -> Result<JobId, Box<dyn std::error::Error>> {
     // The image is there already, as after the save that is played here.
     let body = json!({"session": id(n), "image": {"name": "torch", "tag": tag}, "message": "m", "replace": "any"});
     let (status, body) = ask(at, Who::Alice, Method::POST, "/api/v1/saves", Some(body)).await?;
@@ -98,6 +111,10 @@ pub async fn save_as(
     let job: JobId = body["id"].as_str().ok_or("no id")?.parse()?;
     let claim = agent.claim().await?;
     agent.begin(&claim).await?;
+    if let Some(packages) = packages {
+        let told = Update::Packages { packages };
+        agent.send_update(&claim, 2, told).await?;
+    }
     let Outcome::Succeeded { saved } = succeeded() else {
         return Err("no success".into());
     };
@@ -107,7 +124,7 @@ pub async fn save_as(
         base_name: Some("h.example/scipy:1".into()),
         ..saved
     };
-    agent.end(&claim, 2, Outcome::Succeeded { saved }).await?;
+    agent.end(&claim, 3, Outcome::Succeeded { saved }).await?;
     let path = format!("/api/v1/saves/{job}");
     until(at, Who::Alice, &path, |save| save["state"] == "succeeded").await?;
     Ok(job)

@@ -24,7 +24,7 @@ use super::refusal::Refusal;
 use super::replace::seen;
 use super::target::Template;
 use super::time::rfc3339;
-use crate::common::digest::Digest;
+use crate::common::digest::{Digest, DigestError};
 use crate::service::job::Category;
 use crate::service::record::{ImageKey, Save};
 use crate::store::harbor::{Harbor, QuotaUsage, rights};
@@ -531,6 +531,22 @@ pub(super) fn owner(caller: &Caller, asked: Option<&str>) -> Result<String, Refu
     }
 }
 
+pub(super) fn parse_digest(text: &str) -> Result<Digest, Refusal> {
+    text.parse()
+        .map_err(|error: DigestError| Refusal::invalid("digest", error.to_string()))
+}
+
+/// Fails if a save is writing to a destination.
+pub(super) async fn check_no_save(app: &App, destination: &str) -> Result<(), Refusal> {
+    match app.record.open_save_to(destination).await? {
+        Some(save) => Err(Refusal::conflict(
+            format!("save {save} is writing to this name and tag"),
+            Some(save),
+        )),
+        None => Ok(()),
+    }
+}
+
 /// DEL: deletes a tag, and the image if it has no other tag.
 #[utoipa::path(
     delete, path = "/api/v1/images/{name}/tags/{tag}", tag = "images",
@@ -549,14 +565,9 @@ pub(super) async fn delete(
 ) -> Result<Json<Deleted>, Refusal> {
     let user = owner(&caller, asked.user.as_deref())?;
     let destination = app.options.target.fill(&user, &name, &tag)?;
-    if let Some(save) = app.record.open_save_to(&destination).await? {
-        return Err(Refusal::conflict(
-            format!("save {save} is writing to this name and tag"),
-            Some(save),
-        ));
-    }
+    check_no_save(&app, &destination).await?;
     if let Some(digest) = seen(&app, &destination).await? {
-        check_unpinned(&app, &user, &name, &digest.to_string()).await?;
+        check_unpinned(&app, &ImageKey::new(&user, &name, digest.to_string())).await?;
     }
     let which = ImageSelector::Tag(tag);
     let removed = app.store.remove(&user, &name, &which).await;
@@ -568,7 +579,7 @@ pub(super) async fn delete(
         .await?;
     if removed.image_deleted {
         app.record
-            .drop_note(&note_key(&user, &name, digest))
+            .drop_note(&ImageKey::new(&user, &name, digest))
             .await?;
     }
     tracing::info!(
@@ -596,33 +607,21 @@ pub(super) async fn delete_untagged(
     QueryParams(asked): QueryParams<UserQuery>,
 ) -> Result<Json<Deleted>, Refusal> {
     let user = owner(&caller, asked.user.as_deref())?;
-    let digest = digest
-        .parse::<Digest>()
-        .map_err(|error| Refusal::invalid("digest", error.to_string()))?;
+    let digest = parse_digest(&digest)?;
     // The name is checked like that of a save.
     app.options.target.fill(&user, &name, "latest")?;
-    check_unpinned(&app, &user, &name, &digest.to_string()).await?;
+    let key = ImageKey::new(&user, &name, digest.to_string());
+    check_unpinned(&app, &key).await?;
     let which = ImageSelector::Digest(digest);
     let removed = app.store.remove(&user, &name, &which).await;
     app.store.forget(&user).await;
     let removed = removed?;
-    let digest = removed.digest.to_string();
-    app.record
-        .drop_note(&note_key(&user, &name, digest))
-        .await?;
+    app.record.drop_note(&key).await?;
     tracing::info!(
         caller = caller.name, image.name = name, digest = %removed.digest, "an image without a tag is deleted"
     );
     app.metrics.deleted();
     Ok(Json(deleted(removed)))
-}
-
-fn note_key(user: &str, name: &str, digest: String) -> ImageKey {
-    ImageKey {
-        user: user.to_owned(),
-        name: name.to_owned(),
-        digest,
-    }
 }
 
 fn deleted(removed: images::Removed) -> Deleted {

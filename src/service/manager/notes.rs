@@ -12,11 +12,7 @@ use crate::service::record::{ImageKey, Note};
 /// Adds what is said about images.
 pub(super) fn annotate(views: &mut [ImageView], notes: &BTreeMap<ImageKey, Note>) {
     for view in views {
-        let key = ImageKey {
-            user: view.user.clone(),
-            name: view.name.clone(),
-            digest: view.digest.clone(),
-        };
+        let key = ImageKey::new(&view.user, &view.name, view.digest.clone());
         if let Some(note) = notes.get(&key) {
             view.pinned = note.pinned;
             view.shared.clone_from(&note.shared);
@@ -29,18 +25,8 @@ pub(super) fn annotate(views: &mut [ImageView], notes: &BTreeMap<ImageKey, Note>
 }
 
 /// Fails if an image is pinned.
-pub(super) async fn check_unpinned(
-    app: &App,
-    user: &str,
-    name: &str,
-    digest: &str,
-) -> Result<(), Refusal> {
-    let key = ImageKey {
-        user: user.to_owned(),
-        name: name.to_owned(),
-        digest: digest.to_owned(),
-    };
-    if app.record.is_pinned(&key).await? {
+pub(super) async fn check_unpinned(app: &App, key: &ImageKey) -> Result<(), Refusal> {
+    if app.record.is_pinned(key).await? {
         return Err(Refusal::new(
             StatusCode::CONFLICT,
             "image_pinned",

@@ -8,7 +8,7 @@ use super::App;
 use super::api::{ImageRename, ImageRenamed};
 use super::auth::Caller;
 use super::extract::{Body, Path, QueryParams};
-use super::images::{ImageStore, UserQuery, owner};
+use super::images::{ImageStore, UserQuery, check_no_save, owner};
 use super::notes::check_unpinned;
 use super::refusal::Refusal;
 use super::replace::{Place, exists_now, replaceable};
@@ -49,17 +49,6 @@ impl ImageStore {
     }
 }
 
-/// Fails if a save is writing to a destination.
-async fn check_no_save(app: &App, destination: &str) -> Result<(), Refusal> {
-    match app.record.open_save_to(destination).await? {
-        Some(save) => Err(Refusal::conflict(
-            format!("save {save} is writing to this name and tag"),
-            Some(save),
-        )),
-        None => Ok(()),
-    }
-}
-
 /// Adds a tag to an image, and removes the old one unless it is to be kept.
 ///
 /// A tag that exists is taken from its image only if `replace` says so. A registry that cannot delete one tag of
@@ -97,8 +86,9 @@ pub(super) async fn rename(
         .await
         .map_err(images::Error::from)?;
     let digest = digest.ok_or_else(|| Refusal::not_found(format!("{name}:{tag} is not there")))?;
+    let key = ImageKey::new(&user, &name, digest.to_string());
     if !body.keep {
-        check_unpinned(&app, &user, &name, &digest.to_string()).await?;
+        check_unpinned(&app, &key).await?;
     }
     let place = Place {
         user: &user,
@@ -131,11 +121,6 @@ pub(super) async fn rename(
             .await;
         match removed {
             Ok(_) => {
-                let key = ImageKey {
-                    user: user.clone(),
-                    name: name.clone(),
-                    digest: digest.to_string(),
-                };
                 app.record
                     .renamed(&key, &old, &body.tag, &caller.name)
                     .await?;

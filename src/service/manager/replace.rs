@@ -87,16 +87,7 @@ pub(super) async fn replaceable(
 ) -> Result<(Option<Digest>, Replaceable), Refusal> {
     let found = app.store.digest_of(place.destination).await;
     let found = found.map_err(images::Error::from)?;
-    if let Some(found) = found {
-        // The second look, for what was asked, may find no registry.
-        let key = ImageKey {
-            user: place.user.to_owned(),
-            name: place.name.to_owned(),
-            digest: found.to_string(),
-        };
-        check_replaceable(app, &key, place.tag).await?;
-    }
-    let digest = match replaces(app, place, asked).await? {
+    let digest = match allowed(app, place, asked, found).await? {
         Replaces::Any => found,
         Replaces::Image(digest) => Some(digest),
         Replaces::Nothing => None,
@@ -117,16 +108,26 @@ pub(super) async fn exists_now(
     Ok(exists(place, found, by.as_ref()))
 }
 
-/// Returns which image the save may replace when it writes its tag.
-///
-/// Fails with `tag_exists` if the tag names an image that `asked` does not allow to replace, and with `image_pinned` if
-/// its owner has pinned it.
+/// Returns which image the save may replace when it writes its tag. Fails as [`allowed`] does.
 async fn replaces(app: &App, place: &Place<'_>, asked: &Replace) -> Result<Replaces, Refusal> {
     let looked = app.store.digest_of(place.destination);
-    let Ok(Ok(found)) = tokio::time::timeout(TAG_TIMEOUT, looked).await else {
+    match tokio::time::timeout(TAG_TIMEOUT, looked).await {
+        Ok(Ok(found)) => allowed(app, place, asked, found).await,
         // The registry does not answer now. The agent decides by what it finds.
-        return unseen(app, place, asked).await;
-    };
+        _ => unseen(app, place, asked).await,
+    }
+}
+
+/// Returns which image may be replaced if the tag names `found` now.
+///
+/// Fails with `tag_exists` if `asked` does not allow to replace that image, and with `image_pinned` if its owner has
+/// pinned it.
+async fn allowed(
+    app: &App,
+    place: &Place<'_>,
+    asked: &Replace,
+    found: Option<Digest>,
+) -> Result<Replaces, Refusal> {
     let Some(found) = found else {
         return Ok(match asked {
             Replace::Any => Replaces::Any,
@@ -134,11 +135,7 @@ async fn replaces(app: &App, place: &Place<'_>, asked: &Replace) -> Result<Repla
             Replace::Never | Replace::Own => Replaces::Nothing,
         });
     };
-    let key = ImageKey {
-        user: place.user.to_owned(),
-        name: place.name.to_owned(),
-        digest: found.to_string(),
-    };
+    let key = ImageKey::new(place.user, place.name, found.to_string());
     check_replaceable(app, &key, place.tag).await?;
     let by = app.record.saved_as(place.destination, &key.digest).await?;
     match asked {
@@ -182,11 +179,7 @@ pub(super) async fn check_again(app: &App, save: &Save) -> Result<(), Refusal> {
     let Some(found) = seen(app, &save.destination).await? else {
         return Ok(());
     };
-    let key = ImageKey {
-        user: save.user.clone(),
-        name: save.name.clone(),
-        digest: found.to_string(),
-    };
+    let key = ImageKey::new(&save.user, &save.name, found.to_string());
     check_replaceable(app, &key, &save.tag).await
 }
 

@@ -11,13 +11,12 @@ use super::api::{ImageChange, ImageView, Images};
 use super::auth::{Caller, is_group};
 use super::conditional::check_unchanged;
 use super::extract::{Body, Path, QueryParams};
-use super::images::{UserQuery, list_views, owner};
+use super::images::{UserQuery, list_views, owner, parse_digest};
 use super::notes::annotate;
 use super::paging::{Listed, MAX_LIMIT, PageQuery, cut, limit};
 use super::refusal::Refusal;
 use super::saves::check_message;
 use super::target::component;
-use crate::common::digest::Digest;
 use crate::service::record::{ImageKey, NoteChange};
 
 /// Maximum number of users with whom an image is shared, and of groups.
@@ -80,14 +79,6 @@ async fn find(app: &App, key: &ImageKey) -> Result<ImageView, Refusal> {
         .ok_or_else(|| Refusal::not_found("there is no such image"))
 }
 
-fn key(user: String, name: String, digest: &str) -> Result<ImageKey, Refusal> {
-    let digest = digest
-        .parse::<Digest>()
-        .map_err(|error| Refusal::invalid("digest", error.to_string()))?
-        .to_string();
-    Ok(ImageKey { user, name, digest })
-}
-
 /// Returns an image.
 #[utoipa::path(
     get, path = "/api/v1/images/{name}/digests/{digest}", tag = "images",
@@ -105,7 +96,8 @@ pub(super) async fn image(
     QueryParams(asked): QueryParams<UserQuery>,
 ) -> Result<Json<ImageView>, Refusal> {
     let user = owner(&caller, asked.user.as_deref())?;
-    Ok(Json(find(&app, &key(user, name, &digest)?).await?))
+    let digest = parse_digest(&digest)?.to_string();
+    Ok(Json(find(&app, &ImageKey { user, name, digest }).await?))
 }
 
 /// Changes what the owner says about an image.
@@ -129,7 +121,8 @@ pub(super) async fn change(
     Body(body): Body<ImageChange>,
 ) -> Result<Json<ImageView>, Refusal> {
     let user = owner(&caller, asked.user.as_deref())?;
-    let key = key(user, name, &digest)?;
+    let digest = parse_digest(&digest)?.to_string();
+    let key = ImageKey { user, name, digest };
     check_message("description", body.description.as_deref())?;
     let shared = body.shared.as_deref().unwrap_or_default();
     if shared.len() > MAX_SHARED || shared.iter().any(|user| component(user).is_err()) {

@@ -39,6 +39,17 @@ pub struct ImageKey {
     pub digest: String,
 }
 
+impl ImageKey {
+    /// Returns the key of the image of `user` with this name and digest.
+    pub fn new(user: &str, name: &str, digest: impl Into<String>) -> Self {
+        Self {
+            user: user.to_owned(),
+            name: name.to_owned(),
+            digest: digest.into(),
+        }
+    }
+}
+
 /// What a user says about an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Note {

@@ -68,11 +68,7 @@ async fn answer_one(app: &App, question: Question) -> Result<(), TaskError> {
     let mut verdict = verdict(save.as_ref(), &question);
     if let (Verdict::Wanted, Some(save), Some(digest)) = (verdict, &save, question.replaces) {
         // Its owner may have pinned it since the save was accepted.
-        let key = ImageKey {
-            user: save.user.clone(),
-            name: save.name.clone(),
-            digest: digest.to_string(),
-        };
+        let key = ImageKey::new(&save.user, &save.name, digest.to_string());
         if app.record.is_pinned(&key).await? {
             verdict = Verdict::Pinned;
         }
