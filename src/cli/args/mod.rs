@@ -186,7 +186,7 @@ pub(super) enum Verb {
     /// Create only a layer, from directories
     #[command(after_long_help = LAYER_HELP)]
     Layer(Layer),
-    /// List and delete saved images in Harbor, another registry or an OCI layout
+    /// List, tag, delete and prune saved images in Harbor, another registry or an OCI layout
     #[command(subcommand, after_long_help = IMAGE_HELP)]
     Image(Image),
     /// Compare a layer or an image with a specification
