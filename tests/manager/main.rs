@@ -7,6 +7,7 @@ mod events;
 mod fuzz;
 mod http;
 mod jobs;
+mod mail;
 mod metrics;
 mod oidc;
 mod openapi;
@@ -18,6 +19,7 @@ mod renaming;
 mod replace;
 mod signin;
 mod site;
+mod smtp;
 mod store;
 #[allow(dead_code, reason = "each test program uses its part")]
 #[path = "../support/mod.rs"]

@@ -174,7 +174,7 @@ fn webhooks(options: &mut Options, at: SocketAddr, paths: &[&str]) -> Outcomes {
     Ok(())
 }
 
-async fn metric(at: SocketAddr, line: &str) -> Result<Option<u64>, Box<dyn std::error::Error>> {
+pub async fn metric(at: SocketAddr, line: &str) -> Result<Option<u64>, Box<dyn std::error::Error>> {
     let text = request(at, Who::Anonymous, Method::GET, "/metrics")?;
     let text = text.send().await?.text().await?;
     let found = text

@@ -166,6 +166,7 @@ impl World {
                 via: Via::SignIn,
                 groups: vec![],
                 start_url: None,
+                email: None,
             },
             signed_in: true,
             sessions: vec![training, statistics],

@@ -3,16 +3,14 @@
 use std::time::Duration;
 
 use upperdeck::service::job::{Session, Update};
-use upperdeck::service::record::{Receiver, ReceiverKind, Record, Save, SaveEvent};
+use upperdeck::service::record::{
+    Audience, Language, MAILS_PER_DAY, Receiver, Record, Save, SaveEvent,
+};
 
 use crate::{Outcomes, POLICY, accept, done, on_both, report, save};
 
 fn receiver(address: &str, events: &[SaveEvent]) -> Receiver {
-    Receiver {
-        kind: ReceiverKind::Webhook,
-        address: address.to_owned(),
-        events: events.to_vec(),
-    }
+    Receiver::webhook(address, events)
 }
 
 fn notified(user: &str, session: &str, tag: &str, address: &str) -> Save {
@@ -43,7 +41,7 @@ fn each_event_is_kept_for_each_receiver_until_it_has_it() -> Outcomes {
         // Another manager, after a restart, without the receivers of the first.
         let record = Record::open(&place).await?;
         assert_eq!(record.notices_waiting().await?, (3, 1));
-        let taken = record.take_notices("m", true, 10, 5).await?;
+        let taken = record.take_notices("m", Audience::Site, 10, 5).await?;
         let told: Vec<_> = taken
             .iter()
             .map(|notice| (notice.event, notice.address.as_str(), notice.site))
@@ -58,20 +56,20 @@ fn each_event_is_kept_for_each_receiver_until_it_has_it() -> Outcomes {
             ]
         );
         assert_eq!(taken[0].save.id, asked.id);
-        assert_eq!(record.take_notices("n", true, 10, 5).await?, []);
+        assert_eq!(record.take_notices("n", Audience::Site, 10, 5).await?, []);
         // What failed comes again under the same ID; what is done does not.
         record.notice_done("m", &taken[0]).await?;
         record.notice_done("m", &taken[1]).await?;
         record
             .notice_failed("m", &taken[2], Duration::from_secs(3600))
             .await?;
-        assert_eq!(record.take_notices("n", true, 10, 5).await?, []);
+        assert_eq!(record.take_notices("n", Audience::Site, 10, 5).await?, []);
         assert_eq!(record.notices_waiting().await?, (1, 1));
-        let own = record.take_notices("m", false, 10, 5).await?;
+        let own = record.take_notices("m", Audience::Users, 10, 5).await?;
         assert_eq!(own.len(), 1);
         assert_eq!(own[0].event, SaveEvent::Succeeded);
         record.notice_failed("m", &own[0], Duration::ZERO).await?;
-        let again = record.take_notices("n", false, 10, 5).await?;
+        let again = record.take_notices("n", Audience::Users, 10, 5).await?;
         assert_eq!(
             (again[0].id.as_str(), again[0].tries),
             (own[0].id.as_str(), 1)
@@ -102,7 +100,7 @@ fn a_user_whose_receivers_hang_holds_up_no_other() -> Outcomes {
         record
             .apply_reports(&[report(bobs.id, 1, 1, 0, done())], &POLICY)
             .await?;
-        let taken = record.take_notices("m", false, 10, 2).await?;
+        let taken = record.take_notices("m", Audience::Users, 10, 2).await?;
         let users: Vec<_> = taken
             .iter()
             .map(|notice| notice.save.user.clone())
@@ -110,10 +108,16 @@ fn a_user_whose_receivers_hang_holds_up_no_other() -> Outcomes {
         assert_eq!(users, ["alice", "alice", "bob"]);
         // Alice has two under way, so her others wait, for other managers, too.
         record.notice_done("m", &taken[2]).await?;
-        assert_eq!(record.take_notices("n", false, 10, 2).await?, []);
+        assert_eq!(record.take_notices("n", Audience::Users, 10, 2).await?, []);
         record.notice_done("m", &taken[0]).await?;
         record.notice_done("m", &taken[1]).await?;
-        assert_eq!(record.take_notices("n", false, 10, 2).await?.len(), 2);
+        assert_eq!(
+            record
+                .take_notices("n", Audience::Users, 10, 2)
+                .await?
+                .len(),
+            2
+        );
         Ok(())
     })
 }
@@ -134,6 +138,41 @@ fn notices_of_a_user_are_bounded_and_the_rest_counted() -> Outcomes {
         accept(&record, &save("bob", "s9", "v9")).await?;
         assert_eq!(record.notices_waiting().await?, (1300, 0));
         assert_eq!(record.notices_dropped(), 200);
+        Ok(())
+    })
+}
+
+#[test]
+fn e_mails_are_about_long_saves_if_so_set_and_bounded_by_the_day() -> Outcomes {
+    on_both(async |place: String| {
+        let record = Record::open(&place).await?;
+        let mailed = |n: i64, over_s| Save {
+            notify: vec![Receiver::email("a@x.example", Language::Ko, over_s)],
+            ..save("alice", &format!("s{n}"), &format!("v{n}"))
+        };
+        for (n, over_s) in [(0, 0), (1, 3600)] {
+            let asked = mailed(n, over_s);
+            accept(&record, &asked).await?;
+            record
+                .apply_reports(&[report(asked.id, 1, 1, 0, done())], &POLICY)
+                .await?;
+        }
+        assert_eq!(record.take_notices("m", Audience::Users, 10, 5).await?, []);
+        let taken = record.take_notices("m", Audience::Mail, 10, 5).await?;
+        assert_eq!(taken.len(), 1);
+        assert_eq!(taken[0].save.notify[0].language, Language::Ko);
+        for n in 2..=MAILS_PER_DAY + 2 {
+            let asked = mailed(n, 0);
+            accept(&record, &asked).await?;
+            record
+                .apply_reports(&[report(asked.id, 1, 1, 0, done())], &POLICY)
+                .await?;
+        }
+        assert_eq!(record.notices_dropped(), 2);
+        assert_eq!(
+            record.notices_waiting().await?,
+            (0, MAILS_PER_DAY.unsigned_abs())
+        );
         Ok(())
     })
 }

@@ -41,7 +41,7 @@ pub(super) fn tokens(serve: &Serve) -> Result<Tokens, Usage> {
 /// Adds the ways to authenticate beside tokens.
 pub(super) fn apply(serve: &Serve, options: &mut manager::Options) -> Result<(), Usage> {
     let callers = &serve.callers;
-    options.jwt = jwt(callers)?;
+    options.jwt = jwt(serve)?;
     options.oidc = oidc(serve)?;
     options.groups = groups(callers)?;
     options.proxies = proxies(callers)?;
@@ -54,8 +54,15 @@ pub(super) fn lacks_callers(options: &manager::Options) -> bool {
     options.tokens.is_empty() && without_tokens && options.oidc.is_none()
 }
 
+/// Returns the claim with users' addresses, if there are e-mails.
+fn email(serve: &Serve, claim: &str) -> Option<String> {
+    let sent = serve.mail.smtp_url.is_some();
+    sent.then(|| claim.to_owned())
+}
+
 /// Returns the settings for authentication by JWT.
-fn jwt(callers: &Callers) -> Result<Option<Jwt>, Usage> {
+fn jwt(serve: &Serve) -> Result<Option<Jwt>, Usage> {
+    let callers = &serve.callers;
     let Some(jwks) = &callers.jwks else {
         return Ok(None);
     };
@@ -73,7 +80,7 @@ fn jwt(callers: &Callers) -> Result<Option<Jwt>, Usage> {
         claims: Claims {
             user: callers.jwt_user_claim.clone(),
             groups: callers.jwt_groups_claim.clone(),
-            email: None,
+            email: email(serve, &callers.jwt_email_claim),
             administrator: callers.jwt_admin_claim.clone(),
             administrators: callers.administrator.clone(),
         },
@@ -107,7 +114,7 @@ fn oidc(serve: &Serve) -> Result<Option<Oidc>, Usage> {
         claims: Claims {
             user: callers.oidc_user_claim.clone(),
             groups: callers.oidc_groups_claim.clone(),
-            email: None,
+            email: email(serve, &callers.oidc_email_claim),
             administrator: callers.oidc_admin_claim.clone(),
             administrators: callers.administrator.clone(),
         },
@@ -140,6 +147,11 @@ fn proxies(callers: &Callers) -> Result<Option<Proxies>, Usage> {
         proxies = proxies
             .with_groups(header)
             .map_err(|error| Usage(format!("--proxy-groups-header: {error}")))?;
+    }
+    if let Some(header) = &callers.proxy_email_header {
+        proxies = proxies
+            .with_email(header)
+            .map_err(|error| Usage(format!("--proxy-email-header: {error}")))?;
     }
     Ok(Some(proxies))
 }

@@ -136,6 +136,7 @@ fn secrets(args: &Doctor) -> Vec<Secret> {
     }
     if args.purpose == Purpose::Manager {
         named.push(("record-password-file", &args.serve.record_password_file));
+        named.push(("smtp-password-file", &args.serve.mail.smtp_password_file));
     }
     named
         .into_iter()

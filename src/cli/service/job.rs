@@ -116,6 +116,15 @@ fn image_name(text: Option<&str>) -> ImageName {
     }
 }
 
+/// Returns who is told about the save, if the arguments name a receiver.
+fn notify(url: Option<String>, email: bool) -> Option<Notify> {
+    (url.is_some() || email).then(|| Notify {
+        url,
+        email: email.then_some(true),
+        ..Notify::default()
+    })
+}
+
 async fn submit(client: &Client, args: JobSubmit, verbose: bool) -> anyhow::Result<()> {
     let request = SaveRequest {
         session: which(&args.session)?,
@@ -132,7 +141,7 @@ async fn submit(client: &Client, args: JobSubmit, verbose: bool) -> anyhow::Resu
             labels: args.label.into_iter().collect(),
         },
         replace: args.replace,
-        notify: args.notify.map(|url| Notify { url, events: None }),
+        notify: notify(args.notify, args.email),
     };
     // A repeated request with the same key refers to the same save, so a lost reply does not cause a second one.
     let key = args

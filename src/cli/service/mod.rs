@@ -5,6 +5,7 @@ mod client;
 mod doctor;
 pub(super) mod images;
 mod job;
+mod notices;
 mod setup;
 mod verbs;
 

@@ -9,7 +9,7 @@ use anyhow::Context;
 use tokio_util::sync::CancellationToken;
 
 use super::callers::{self, missing, secret, tokens};
-use super::client;
+use super::{client, notices};
 use crate::cli::args::service;
 use crate::cli::exit::Usage;
 use crate::cli::{options, secret as secrets, signals, text, write_stdout};
@@ -237,6 +237,9 @@ pub(super) fn reads_files_of_others(args: &service::Manager) -> bool {
         args.serve.tokens_file.as_deref(),
         args.serve.callers.oidc_client_secret_file.as_deref(),
         args.serve.callers.groups_file.as_deref(),
+        args.serve.mail.addresses_file.as_deref(),
+        args.serve.mail.smtp_password_file.as_deref(),
+        args.serve.mail.smtp_ca_file.as_deref(),
         args.push.creds_file.as_deref(),
         args.push.authfile.as_deref(),
         args.push.cert_dir.as_deref(),
@@ -262,27 +265,6 @@ async fn open_record(serve: &service::Serve, place: &str) -> anyhow::Result<Reco
         serve.record_password_file.as_deref(),
     )?;
     Ok(Record::open(&place).await?)
-}
-
-/// Returns the settings of webhooks.
-fn webhooks(serve: &service::Serve) -> anyhow::Result<manager::Webhooks> {
-    let mut webhooks = manager::Webhooks {
-        site: serve.webhook.clone(),
-        user_origins: serve.notify_origin.clone(),
-        user_networks: serve.notify_network.clone(),
-        ..manager::Webhooks::default()
-    };
-    if let Some(file) = &serve.webhook_secret_file {
-        let wrong = |reason: String| {
-            Usage(format!(
-                "--webhook-secret-file {}: {reason}",
-                text::path(file)
-            ))
-        };
-        let content = crate::cli::secret::keys(file).map_err(|error| wrong(error.to_string()))?;
-        webhooks.secrets = content.parse().map_err(wrong)?;
-    }
-    Ok(webhooks)
 }
 
 /// Returns the limits on connections and requests.
@@ -321,7 +303,7 @@ fn manager_options(
     options.public_url.clone_from(&serve.public_url);
     options.start_url.clone_from(&serve.start_url);
     options.cors_origins.clone_from(&serve.cors_origin);
-    options.webhooks = webhooks(serve)?;
+    notices::apply(serve, &mut options)?;
     options.tokens = tokens;
     callers::apply(serve, &mut options)?;
     options.connections = connection_limits(serve)?;

@@ -19,6 +19,7 @@ mod hurry;
 mod images;
 mod inventory;
 mod kept;
+mod mail;
 mod metrics;
 mod notes;
 mod notify;
@@ -60,7 +61,8 @@ use self::connections::Bound;
 
 pub use self::connections::{ConnectionLimits, raise_open_files};
 pub use self::cors::WebOrigin;
-pub use self::options::{Listen, Options, Rate, check_start_url, check_webhook};
+pub use self::mail::{Encryption, Mail, MailError, SmtpServer};
+pub use self::options::{Listen, Options, Rate, check_sender, check_start_url, check_webhook};
 pub use self::routes::description;
 pub use self::webhooks::{Secrets, Webhooks};
 
@@ -75,6 +77,9 @@ pub enum Error {
         /// Error of the operating system.
         reason: String,
     },
+    /// The settings of e-mails are invalid.
+    #[error("e-mail: {0}")]
+    Mail(#[from] MailError),
     /// The settings for authentication are invalid.
     #[error(transparent)]
     Auth(#[from] auth::AuthError),
@@ -117,6 +122,8 @@ struct Inner {
     hub: events::Hub,
     metrics: metrics::Metrics,
     webhooks: webhooks::Sender,
+    /// Sends e-mails; `None`: none are sent.
+    mailer: Option<mail::Mailer>,
     /// Notified when the outbox contains a request.
     outbox_wake: Notify,
     cancel: CancellationToken,
@@ -132,7 +139,7 @@ pub struct Server {
 impl Server {
     /// Binds the address and prepares the manager.
     ///
-    /// Fails if the address cannot be bound or the settings for authentication are invalid.
+    /// Fails if the address cannot be bound, or the settings for authentication or of e-mails are invalid.
     pub async fn bind(options: Options, queue: Queue, record: Record) -> Result<Self, Error> {
         let (bound, address) = match &options.listen {
             Listen::Tcp(address) => {
@@ -159,6 +166,7 @@ impl Server {
                 oidc: options.oidc.clone(),
                 proxies: options.proxies.clone(),
                 groups: options.groups.clone(),
+                addresses: options.addresses.clone(),
             },
             options.public_url.as_deref(),
             address.map(|address| address.port()),
@@ -167,6 +175,11 @@ impl Server {
         authenticator.check().await?;
         let record = record.with_receivers(options.webhooks.receivers());
         let provider = options.oidc.clone().map(auth::Provider::new).transpose()?;
+        let page = options.public_url.as_deref();
+        let mailer = options.mail.as_ref();
+        let mailer = mailer
+            .map(|mail| mail::Mailer::new(mail, page))
+            .transpose()?;
         let name = options.name.clone().unwrap_or_else(own_name);
         let ms = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let app = App(Arc::new(Inner {
@@ -192,6 +205,7 @@ impl Server {
             hub: events::Hub::default(),
             metrics: metrics::Metrics::new(&name),
             webhooks: webhooks::Sender::new(options.webhooks.clone()),
+            mailer,
             outbox_wake: Notify::new(),
             cancel: CancellationToken::new(),
             name,

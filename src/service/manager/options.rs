@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use reqwest::Url;
 
-use super::auth::{Groups, Jwt, Oidc, Proxies, Tokens};
+use super::auth::{Addresses, Groups, Jwt, Oidc, Proxies, Tokens};
 use super::connections::ConnectionLimits;
 use super::cors::WebOrigin;
+use super::mail::Mail;
 use super::target::Template;
 use super::webhooks::Webhooks;
 use crate::store::registry::Access;
@@ -57,6 +58,18 @@ pub fn check_webhook(text: &str) -> Result<Url, String> {
         .ok_or_else(|| "expected an http or https URL without a user name".to_owned())
 }
 
+/// Checks the sender of e-mails: an address, or a name with an address in angle brackets.
+pub fn check_sender(text: &str) -> Result<String, String> {
+    let sender = text.parse::<lettre::message::Mailbox>();
+    let plain = text.is_ascii() && !text.chars().any(char::is_control);
+    match sender {
+        Ok(_) if plain => Ok(text.to_owned()),
+        _ => Err(
+            "expected an e-mail address in ASCII, e.g. 'upperdeck <save@example.org>'".to_owned(),
+        ),
+    }
+}
+
 /// Limit on the rate of a caller's requests.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rate {
@@ -81,6 +94,8 @@ pub struct Options {
     pub cors_origins: Vec<WebOrigin>,
     /// Whom requests tell about saves.
     pub webhooks: Webhooks,
+    /// How e-mails about saves are sent; `None`: none are.
+    pub mail: Option<Mail>,
     /// Template for the destination of images.
     pub target: Template,
     /// API tokens.
@@ -91,6 +106,8 @@ pub struct Options {
     pub oidc: Option<Oidc>,
     /// Groups of users, in addition to those that the identity provider or the proxy states.
     pub groups: Groups,
+    /// E-mail addresses of users, in addition to those that the identity provider or the proxy states.
+    pub addresses: Addresses,
     /// Authentication by a header that a trusted proxy sets after it has authenticated the user; `None`: the header is
     /// ignored.
     pub proxies: Option<Proxies>,
@@ -151,11 +168,13 @@ impl Options {
             start_url: None,
             cors_origins: Vec::new(),
             webhooks: Webhooks::default(),
+            mail: None,
             target,
             tokens: Tokens::default(),
             jwt: None,
             oidc: None,
             groups: Groups::default(),
+            addresses: Addresses::default(),
             proxies: None,
             open_per_user: 100,
             attempts: 4,

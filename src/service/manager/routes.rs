@@ -85,6 +85,7 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(packages::of_session))
         .routes(routes!(saves::dead))
         .routes(routes!(notify::notify))
+        .routes(routes!(notify::set_email))
         .routes(routes!(images::images))
         .routes(routes!(images::delete, rename::rename))
         .routes(routes!(

@@ -13,6 +13,7 @@ use super::api::{Audit, AuditLine, Save as Shown, SaveRequest, Saves};
 use super::auth::Caller;
 use super::extract::{Body, Path, QueryParams, parse_job_id};
 use super::inventory::{find, session_name, sessions_to_save, suggested_name};
+use super::notify::receivers;
 use super::paging::{LIMIT, Listed, MAX_LIMIT, PageQuery, cut, invalid_cursor, limit};
 use super::refusal::Refusal;
 use super::replace::{Image, check_again, choose_tag};
@@ -179,8 +180,6 @@ pub(super) async fn submit(
     let message = body.message.filter(|message| !message.is_empty());
     check_message("message", message.as_deref())?;
     check_options(&body.options)?;
-    let receiver = |asked| app.options.webhooks.receiver(asked);
-    let notify = body.notify.iter().map(receiver).collect::<Result<_, _>>()?;
     let now = now_ms();
     if let Some(request) = &request
         && let Some(save) = app.record.repeated(request).await?
@@ -199,6 +198,7 @@ pub(super) async fn submit(
             ));
         }
     };
+    let notify = receivers(&app, &caller, &user, body.notify.as_ref(), &headers).await?;
     let name = body
         .image
         .name

@@ -26,12 +26,14 @@ pub(super) async fn me(
     caller: Caller,
 ) -> Result<Json<Me>, Refusal> {
     let user = caller.own_user()?.unwrap_or_default();
+    let email = super::notify::email(&app, &caller).await?;
     Ok(Json(Me {
         user: user.to_owned(),
         administrator: caller.administrator,
         via: caller.via,
         groups: caller.groups,
         start_url: app.options.start_url.clone(),
+        email,
     }))
 }
 

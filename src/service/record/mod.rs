@@ -7,6 +7,7 @@
 mod audit;
 mod change;
 mod images;
+mod mail;
 mod notice;
 mod outbox;
 mod packages;
@@ -30,11 +31,12 @@ use sqlx::{Any, AnyPool, Executor as _, Transaction};
 use crate::service::job::{JobId, State};
 
 pub use self::images::{Fate, ImageKey, Note, NoteChange};
-pub use self::notice::Notice;
+pub use self::mail::{MAILS_PER_DAY, MailSetting};
+pub use self::notice::{Audience, Notice};
 pub(crate) use self::outbox::OutboxEntry;
 pub(crate) use self::reach::Change;
 use self::reach::Location;
-pub use self::receiver::{Receiver, ReceiverKind, SaveEvent};
+pub use self::receiver::{Language, Receiver, ReceiverKind, SaveEvent};
 pub use self::save::{Draft, Failure, OutboxAction, Policy, Progress, Save, SaveWarning};
 pub use self::signin::SignIn;
 pub use self::submit::{Request, Submitted, UserLimits};

@@ -9,7 +9,7 @@ use sqlx::{Any, Row as _, Transaction};
 
 use super::receiver::{Receiver, ReceiverKind, SaveEvent};
 use super::save::Step;
-use super::{Error, Record, Save, read, written};
+use super::{Error, Record, Save, mail, read, written};
 use crate::service::job::now_ms;
 
 /// How long a notice belongs to the manager that took it. If it is not delivered by then, the manager is assumed to have
@@ -17,6 +17,30 @@ use crate::service::job::now_ms;
 const HELD_FOR: Duration = Duration::from_secs(60);
 /// Maximum number of notices about one user's saves that wait for the site's receivers, and again for the user's own.
 const MAX_WAITING: i64 = 1000;
+
+/// Which receivers notices are taken for. Each group has places of its own in a manager, so that none holds up another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Audience {
+    /// The webhooks of the site.
+    Site,
+    /// The webhooks that users name.
+    Users,
+    /// The e-mails of users, which go through one server.
+    Mail,
+}
+
+impl Audience {
+    fn site(self) -> bool {
+        self == Self::Site
+    }
+
+    fn kind(self) -> ReceiverKind {
+        match self {
+            Self::Site | Self::Users => ReceiverKind::Webhook,
+            Self::Mail => ReceiverKind::Email,
+        }
+    }
+}
 
 /// A notice that this manager has taken.
 #[derive(Clone, Debug, PartialEq)]
@@ -58,7 +82,7 @@ pub(super) async fn announce(
         .filter_map(|step| SaveEvent::of(step.from, step.to))
     {
         for (receiver, site) in &receivers {
-            if receiver.events.contains(&event) {
+            if receiver.wants(event, save) {
                 write(record, work, save, event, receiver, *site).await?;
             }
         }
@@ -86,13 +110,19 @@ async fn write(
             "a notice is dropped: as many as may be wait already for receivers that do not take them");
         return Ok(());
     }
-    // A lane is what one receiver, or one user with all receivers, may hold up.
-    let lane = if site {
-        format!("site:{}:{}", receiver.kind.name(), receiver.address)
-    } else {
-        format!("user:{}", save.user)
-    };
     let now = now_ms();
+    if receiver.kind == ReceiverKind::Email && !mail::count(work, &save.user, now).await? {
+        record.notices_dropped.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(job = %save.id, user = save.user, event = event.name(),
+            "an e-mail is dropped: this user has had as many within a day as may be");
+        return Ok(());
+    }
+    // A lane is what one receiver, or one user with all receivers of a kind, may hold up.
+    let lane = match (site, receiver.kind) {
+        (true, kind) => format!("site:{}:{}", kind.name(), receiver.address),
+        (false, ReceiverKind::Webhook) => format!("user:{}", save.user),
+        (false, ReceiverKind::Email) => format!("mail:{}", save.user),
+    };
     sqlx::query(
         "INSERT INTO notices (id, save, user_name, event, kind, address, site, lane, at_ms, body, tries, due_ms, taken_ms,
             taken_by)
@@ -126,13 +156,13 @@ impl Record {
         self.notices_dropped.load(Ordering::Relaxed)
     }
 
-    /// Takes at most `most` notices that are due, either those of the site's receivers or those of users' own, and at most
-    /// `of_each` of one receiver of the site, or of one user. No other manager can take them for a minute, nor others of
-    /// the same lane: a receiver that hangs holds up only itself.
+    /// Takes at most `most` notices for `audience` that are due, and at most `of_each` of one receiver of the site, or of
+    /// one user. No other manager can take them for a minute, nor others of the same lane: a receiver that hangs holds up
+    /// only itself.
     pub async fn take_notices(
         &self,
         manager: &str,
-        site: bool,
+        audience: Audience,
         most: u32,
         of_each: u32,
     ) -> Result<Vec<Notice>, Error> {
@@ -142,7 +172,7 @@ impl Record {
              WHERE due_ms <= $1 AND taken_ms < $3 AND id IN (
                  SELECT id FROM (
                      SELECT id, due_ms, row_number() OVER (PARTITION BY lane ORDER BY due_ms, id) AS place FROM notices
-                     WHERE site = $4 AND due_ms <= $1 AND taken_ms < $3
+                     WHERE site = $4 AND kind = $7 AND due_ms <= $1 AND taken_ms < $3
                      AND lane NOT IN (SELECT lane FROM notices WHERE taken_ms >= $3)
                  ) AS waiting WHERE place <= $5 ORDER BY due_ms, id LIMIT $6
              ) RETURNING id, save, event, at_ms, kind, address, tries, body",
@@ -150,14 +180,15 @@ impl Record {
         .bind(now)
         .bind(manager)
         .bind(now - HELD_FOR.as_millis() as i64)
-        .bind(i64::from(site))
+        .bind(i64::from(audience.site()))
         .bind(i64::from(of_each))
         .bind(i64::from(most))
+        .bind(audience.kind().name())
         .fetch_all(&self.pool)
         .await?;
         let mut notices = Vec::with_capacity(rows.len());
         for row in &rows {
-            match notice(row, site, now) {
+            match notice(row, audience.site(), now) {
                 Ok(notice) => notices.push(notice),
                 // Of a newer program, which delivers it once it holds the row no longer.
                 Err(error) => tracing::error!(error = %error, "a notice cannot be read"),

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::save::Save;
 use crate::service::job::State;
 
 /// An event of a save that receivers are told about.
@@ -74,19 +75,50 @@ impl SaveEvent {
 pub enum ReceiverKind {
     /// A signed HTTP request to the URL that is the address.
     Webhook,
+    /// An e-mail.
+    Email,
 }
 
 impl ReceiverKind {
-    const ALL: [Self; 1] = [Self::Webhook];
+    const ALL: [Self; 2] = [Self::Webhook, Self::Email];
 
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Webhook => "webhook",
+            Self::Email => "email",
         }
     }
 
     pub(super) fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+}
+
+/// Language of an e-mail; the page has the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Language {
+    /// English.
+    #[default]
+    En,
+    /// Korean.
+    Ko,
+}
+
+impl Language {
+    /// Returns the code of the language, as in HTML.
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::En => "en",
+            Self::Ko => "ko",
+        }
+    }
+
+    /// Returns the language with that code.
+    pub fn from_code(code: &str) -> Option<Self> {
+        [Self::En, Self::Ko]
+            .into_iter()
+            .find(|language| language.code().eq_ignore_ascii_case(code))
     }
 }
 
@@ -99,4 +131,43 @@ pub struct Receiver {
     pub address: String,
     /// The events that it is told about.
     pub events: Vec<SaveEvent>,
+    /// Language of what it is sent, if people read it.
+    #[serde(default)]
+    pub language: Language,
+    /// Seconds from the request to the end below which it is not told about the end.
+    #[serde(default)]
+    pub over_s: u32,
+}
+
+impl Receiver {
+    /// Returns a receiver of webhooks.
+    pub fn webhook(address: impl Into<String>, events: &[SaveEvent]) -> Self {
+        Self {
+            kind: ReceiverKind::Webhook,
+            address: address.into(),
+            events: events.to_vec(),
+            language: Language::default(),
+            over_s: 0,
+        }
+    }
+
+    /// Returns a receiver of an e-mail at the end of a save that takes at least `over_s` seconds.
+    pub fn email(address: impl Into<String>, language: Language, over_s: u32) -> Self {
+        Self {
+            kind: ReceiverKind::Email,
+            address: address.into(),
+            events: SaveEvent::ENDS.into(),
+            language,
+            over_s,
+        }
+    }
+
+    /// Returns whether it is told about `event` of `save`.
+    pub(super) fn wants(&self, event: SaveEvent, save: &Save) -> bool {
+        let took = save
+            .finished_ms
+            .map_or(i64::MAX, |end| end.saturating_sub(save.created_ms));
+        let brief = SaveEvent::ENDS.contains(&event) && took / 1000 < i64::from(self.over_s);
+        self.events.contains(&event) && !brief
+    }
 }

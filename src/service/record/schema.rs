@@ -5,8 +5,8 @@ use sqlx::{AnyPool, Row as _};
 use super::Error;
 
 /// The statements that migrate the schema from one version to the next. Released entries must never be changed.
-const VERSIONS: [&[&str]; 7] = [
-    FIRST, SIGN_INS, IMAGES, NOTICES, SESSIONS, PROVIDER, PACKAGES,
+const VERSIONS: [&[&str]; 8] = [
+    FIRST, SIGN_INS, IMAGES, NOTICES, SESSIONS, PROVIDER, PACKAGES, MAIL,
 ];
 
 const FIRST: &[&str] = &[
@@ -198,6 +198,23 @@ const PACKAGES: &[&str] = &[
         PRIMARY KEY (save, place)
     )",
     "CREATE INDEX packages_by_name ON packages (name, version)",
+];
+
+const MAIL: &[&str] = &[
+    // Which ends of saves users want e-mails about.
+    "CREATE TABLE mail_settings (
+        user_name TEXT PRIMARY KEY,
+        address TEXT NOT NULL,
+        language TEXT NOT NULL,
+        over_s INT8 NOT NULL
+    )",
+    // How many e-mails each user has had on a day.
+    "CREATE TABLE mail_counts (
+        user_name TEXT NOT NULL,
+        day INT8 NOT NULL,
+        n INT8 NOT NULL,
+        PRIMARY KEY (user_name, day)
+    )",
 ];
 
 /// Takes an advisory lock for the migration. The number is arbitrary.

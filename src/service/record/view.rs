@@ -290,6 +290,7 @@ impl Record {
             .bind(now_ms())
             .execute(&self.pool)
             .await?;
+        self.forget_mail_counts().await?;
         let Some(retention) = retention else {
             return Ok(0);
         };

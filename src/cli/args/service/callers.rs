@@ -26,6 +26,9 @@ pub(in crate::cli) struct Callers {
     /// Claim with the names of the user's groups, e.g. groups
     #[arg(long, value_name = "CLAIM", help_heading = CALLERS)]
     pub(in crate::cli) jwt_groups_claim: Option<String>,
+    /// Claim with the user's e-mail address, used with --smtp-url
+    #[arg(long, value_name = "CLAIM", default_value = "email", help_heading = CALLERS)]
+    pub(in crate::cli) jwt_email_claim: String,
     /// Claim and value that mark administrators, e.g. realm_access.roles=upperdeck-admin
     #[arg(long, value_name = "CLAIM=VALUE", value_parser = key_value, help_heading = CALLERS)]
     pub(in crate::cli) jwt_admin_claim: Option<(String, String)>,
@@ -51,6 +54,9 @@ pub(in crate::cli) struct Callers {
     /// Claim with the names of the user's groups, e.g. groups
     #[arg(long, value_name = "CLAIM", help_heading = CALLERS)]
     pub(in crate::cli) oidc_groups_claim: Option<String>,
+    /// Claim with the user's e-mail address, used with --smtp-url
+    #[arg(long, value_name = "CLAIM", default_value = "email", help_heading = CALLERS)]
+    pub(in crate::cli) oidc_email_claim: String,
     /// Claim and value that mark administrators, e.g. groups=upperdeck-admin
     #[arg(long, value_name = "CLAIM=VALUE", value_parser = key_value, help_heading = CALLERS)]
     pub(in crate::cli) oidc_admin_claim: Option<(String, String)>,
@@ -69,6 +75,9 @@ pub(in crate::cli) struct Callers {
     /// Header in which it states the user's groups, separated by commas, e.g. X-Forwarded-Groups
     #[arg(long, value_name = "NAME", help_heading = CALLERS)]
     pub(in crate::cli) proxy_groups_header: Option<String>,
+    /// Header in which it states the user's e-mail address, e.g. X-Forwarded-Email
+    #[arg(long, value_name = "NAME", help_heading = CALLERS)]
+    pub(in crate::cli) proxy_email_header: Option<String>,
     /// Addresses of the reverse proxy, e.g. 10.1.0.0/16, or unix for a socket file; its connections are exempt from
     /// --connections-per-peer; may be repeated
     #[arg(long, value_name = "CIDR", help_heading = CALLERS)]

@@ -115,6 +115,9 @@ pub(in crate::cli) struct JobSubmit {
     /// URL that is told when the save ends, by a signed request; its origin is one that the manager permits
     #[arg(long, value_name = "URL", value_hint = clap::ValueHint::Url, help_heading = REPORT)]
     pub(in crate::cli) notify: Option<String>,
+    /// Have an e-mail sent to you when the save ends, at the address that the manager knows
+    #[arg(long, help_heading = REPORT)]
+    pub(in crate::cli) email: bool,
     /// Follow the save to its end
     #[arg(short, long, help_heading = REPORT)]
     pub(in crate::cli) watch: bool,

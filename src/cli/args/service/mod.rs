@@ -9,6 +9,7 @@
 mod callers;
 mod doctor;
 mod job;
+mod mail;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -18,6 +19,7 @@ use clap::{Args, Subcommand, ValueEnum, ValueHint};
 pub(in crate::cli) use callers::Callers;
 pub(in crate::cli) use doctor::Doctor;
 pub(in crate::cli) use job::{Job, JobSubmit};
+pub(in crate::cli) use mail::Mail;
 
 use super::shared::{Format, LIMITS, REGISTRY};
 use super::value::{duration, floor, size};
@@ -27,6 +29,7 @@ use crate::node::container::Pattern;
 const QUEUE: &str = "Queue";
 const SERVE: &str = "API and portal";
 const NOTICES: &str = "Webhooks";
+const MAIL: &str = "E-mail";
 const CALLERS: &str = "Who may call";
 const WORK: &str = "Node";
 const SETTINGS: &str = "Settings";
@@ -155,6 +158,8 @@ pub(in crate::cli) struct Serve {
     /// addresses only]
     #[arg(long, value_name = "CIDR", help_heading = NOTICES)]
     pub(in crate::cli) notify_network: Vec<crate::service::manager::auth::Range>,
+    #[command(flatten)]
+    pub(in crate::cli) mail: Mail,
 
     /// TOML file with API tokens
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = CALLERS)]

@@ -2,6 +2,7 @@
 //! portal, the `job` commands and the OpenAPI document use these types and no others.
 
 mod images;
+mod notify;
 mod signin;
 
 use std::fmt;
@@ -11,13 +12,13 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use self::images::*;
+pub use self::notify::*;
 pub use self::signin::*;
 pub use super::problem::{ExistingImage, Problem};
 use crate::common::digest::Digest;
 use crate::service::job::{
     Category, Code, JobId, Kind, Load, NextSave, Phase, SaveOptions, Saved, State, Unsaved,
 };
-pub use crate::service::record::SaveEvent;
 
 /// `GET /api/v1/sessions`: the sessions that the caller may save.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -183,33 +184,9 @@ pub struct SaveRequest {
     #[serde(default)]
     #[schema(value_type = String, pattern = "^(never|own|any|sha256:[0-9a-f]{64})$", default = "never")]
     pub replace: Replace,
-    /// Who else is told about this save, if the service permits it: see `GET /api/v1/notify`.
+    /// Who else is told about this save, if the service permits it: see `GET /api/v1/notify` and `GET /api/v1/me`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub notify: Option<Notify>,
-}
-
-/// A receiver of webhooks about one save.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Notify {
-    /// Where signed requests are sent; its origin is one that the service permits.
-    #[schema(format = "uri", max_length = 2000)]
-    pub url: String,
-    /// The events; if absent, those that end a save.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(min_items = 1, max_items = 5)]
-    pub events: Option<Vec<SaveEvent>>,
-}
-
-/// `GET /api/v1/notify`: what a user needs for receiving webhooks.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub(crate) struct NotifySettings {
-    /// Origins that `notify.url` of a save may have.
-    pub(crate) origins: Vec<String>,
-    /// The user's own secret, with which signatures are verified according to Standard Webhooks.
-    pub(crate) secret: String,
-    /// All events.
-    pub(crate) events: Vec<SaveEvent>,
 }
 
 /// One of the server-sent events of a stream.
@@ -222,19 +199,6 @@ pub(crate) struct StreamedEvent {
     /// In the stream of one save, its version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) id: Option<String>,
-}
-
-/// The body of a webhook.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct SaveNotice {
-    /// What happened.
-    #[serde(rename = "type")]
-    pub event: SaveEvent,
-    /// When it happened.
-    #[schema(format = DateTime)]
-    pub timestamp: String,
-    /// The save after that, without its place in the queue.
-    pub data: Save,
 }
 
 /// A save: CHK.

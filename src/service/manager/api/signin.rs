@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::Email;
 use crate::service::manager::auth::Via;
 
 /// `GET /api/v1/me`: identity of the caller, for the portal.
@@ -21,6 +22,9 @@ pub struct Me {
     /// replaced by the percent-encoded reference.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_url: Option<String>,
+    /// E-mails to the caller, if the administrator has set a server for them and the caller's address is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub email: Option<Email>,
 }
 
 /// `POST /api/v1/signin`.

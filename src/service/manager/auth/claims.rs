@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::email::is_address;
 use super::{AuthError, Rejected};
 use crate::service::manager::target;
 
@@ -86,7 +87,7 @@ impl Claims {
             },
             email: email
                 .and_then(Value::as_str)
-                .filter(|_| !unconfirmed)
+                .filter(|email| !unconfirmed && is_address(email))
                 .map(str::to_owned),
         })
     }

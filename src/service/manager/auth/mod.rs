@@ -6,6 +6,7 @@
 
 mod claims;
 mod cookie;
+mod email;
 mod http;
 mod jwt;
 mod oidc;
@@ -21,6 +22,7 @@ use serde_json::Value;
 use subtle::ConstantTimeEq as _;
 
 pub use claims::{Claims, Groups};
+pub use email::Addresses;
 pub use jwt::{Jwt, Keys};
 pub use oidc::Oidc;
 pub use proxy::{Proxies, Range};
@@ -64,6 +66,9 @@ pub enum AuthError {
     /// The file of groups is invalid.
     #[error("groups: {0}")]
     Groups(String),
+    /// The e-mail addresses of users are invalid.
+    #[error("addresses: {0}")]
+    Addresses(String),
     /// The settings of the identity provider for signing in are invalid.
     #[error("sign-in with an identity provider: {0}")]
     Oidc(String),
@@ -91,7 +96,7 @@ pub(crate) struct Caller {
     pub(crate) via: Via,
     /// Groups that the user is a member of, sorted.
     pub(crate) groups: Vec<String>,
-    /// E-mail address of the user, as the identity provider states it.
+    /// E-mail address of the user, as the administrator, the identity provider or the proxy states it.
     pub(crate) email: Option<String>,
 }
 
@@ -145,6 +150,7 @@ pub(super) struct Authenticator {
     proxies: Option<Proxies>,
     oidc: Option<Oidc>,
     groups: Groups,
+    addresses: Addresses,
     origin: Option<String>,
     pub(super) cookie: Cookie,
     record: Record,
@@ -164,6 +170,8 @@ pub(super) struct Ways {
     pub(super) proxies: Option<Proxies>,
     /// Groups of users, in addition to those that the identity provider or the proxy states.
     pub(super) groups: Groups,
+    /// E-mail addresses of users, in addition to those that the identity provider or the proxy states.
+    pub(super) addresses: Addresses,
 }
 
 impl Authenticator {
@@ -183,6 +191,7 @@ impl Authenticator {
             proxies: ways.proxies,
             oidc: ways.oidc,
             groups: ways.groups,
+            addresses: ways.addresses,
             origin: public_url.and_then(origin_of),
             cookie: Cookie::new(public_url, port),
             record,
@@ -230,6 +239,7 @@ impl Authenticator {
         let mut caller = apply_user_header(found, headers)?;
         if let Some(user) = &caller.user {
             self.groups.add(user, &mut caller.groups);
+            caller.email = self.addresses.of(user, caller.email.take());
         }
         Ok(caller)
     }
@@ -369,7 +379,7 @@ impl Authenticator {
             user: user.to_owned(),
             administrator: proxies.administrators.iter().any(|name| name == user),
             groups: proxies.groups_of(headers),
-            email: None,
+            email: proxies.email_of(headers),
         };
         Ok(Some(caller_named(Via::Proxy, "proxy", identity)))
     }
@@ -465,7 +475,8 @@ fn caller_signed_in(by: &str, claims: &Claims, found: &SignIn) -> (Role, Caller)
         user: found.user.clone(),
         administrator: found.administrator || claims.administrators.contains(&found.user),
         groups: found.groups.lines().map(str::to_owned).collect(),
-        email: found.email.clone(),
+        // Earlier versions kept whatever the provider said.
+        email: found.email.clone().filter(|email| email::is_address(email)),
     };
     caller_named(Via::SignIn, by, identity)
 }

@@ -6,6 +6,7 @@ use axum::http::{HeaderMap, HeaderName};
 
 use super::AuthError;
 use super::claims::known_groups;
+use super::email::is_address;
 
 /// A range of addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +75,8 @@ pub struct Proxies {
     /// Header with the names of the user's groups, separated by commas, e.g. `X-Forwarded-Groups`. The proxy must remove
     /// it from incoming requests.
     pub groups_header: Option<HeaderName>,
+    /// Header with the user's e-mail address, e.g. `X-Forwarded-Email`. The proxy must remove it from incoming requests.
+    pub email_header: Option<HeaderName>,
     /// Users who are administrators.
     pub administrators: Vec<String>,
 }
@@ -98,6 +101,7 @@ impl Proxies {
             header: name,
             from,
             groups_header: None,
+            email_header: None,
             administrators,
         })
     }
@@ -109,6 +113,23 @@ impl Proxies {
         let name = header.parse();
         self.groups_header = Some(name.map_err(|_| AuthError::Header(header.to_owned()))?);
         Ok(self)
+    }
+
+    /// Also accepts the user's e-mail address in this header.
+    ///
+    /// Fails if the header's name is invalid.
+    pub fn with_email(mut self, header: &str) -> Result<Self, AuthError> {
+        let name = header.parse();
+        self.email_header = Some(name.map_err(|_| AuthError::Header(header.to_owned()))?);
+        Ok(self)
+    }
+
+    /// Returns the e-mail address that the proxy states, if it is one.
+    pub(super) fn email_of(&self, headers: &HeaderMap) -> Option<String> {
+        let mut said = headers.get_all(self.email_header.as_ref()?).iter();
+        let email = said.next()?.to_str().ok()?;
+        let alone = said.next().is_none();
+        (alone && is_address(email)).then(|| email.to_owned())
     }
 
     /// Returns the groups that the proxy states.

@@ -14,11 +14,11 @@ use reqwest::{StatusCode, Url, header};
 pub use self::sign::Secrets;
 
 use self::guard::{GuardedResolver, Networks};
-use super::api::{Notify, SaveNotice};
+use super::api::SaveNotice;
 use super::auth::Range;
 use super::cors::WebOrigin;
 use super::refusal::Refusal;
-use crate::service::record::{Notice, Receiver, ReceiverKind, SaveEvent};
+use crate::service::record::{Notice, Receiver, SaveEvent};
 use crate::store::registry::http_client;
 
 /// Maximum length of a URL that a user names.
@@ -65,11 +65,7 @@ impl Default for Webhooks {
 impl Webhooks {
     /// Returns the receivers of the site.
     pub(super) fn receivers(&self) -> Vec<Receiver> {
-        let of = |url: &Url| Receiver {
-            kind: ReceiverKind::Webhook,
-            address: url.to_string(),
-            events: SaveEvent::ALL.into(),
-        };
+        let of = |url: &Url| Receiver::webhook(url.as_str(), &SaveEvent::ALL);
         self.site.iter().map(of).collect()
     }
 
@@ -114,8 +110,12 @@ impl Webhooks {
         Networks(self.user_networks.clone())
     }
 
-    /// Returns the receiver that a request for a save names.
-    pub(super) fn receiver(&self, asked: &Notify) -> Result<Receiver, Refusal> {
+    /// Returns the receiver that a request for a save names; without `events`, it is told about those that end a save.
+    pub(super) fn receiver(
+        &self,
+        url: &str,
+        events: Option<&[SaveEvent]>,
+    ) -> Result<Receiver, Refusal> {
         if self.user_origins.is_empty() || self.secrets.is_empty() {
             return Err(Refusal::invalid(
                 "notify",
@@ -123,20 +123,16 @@ impl Webhooks {
             ));
         }
         let url = self
-            .user_url(&asked.url)
+            .user_url(url)
             .map_err(|reason| Refusal::invalid("notify.url", reason))?;
-        let events = match &asked.events {
-            None => SaveEvent::ENDS.into(),
+        let events = match events {
+            None => SaveEvent::ENDS.as_slice(),
             Some(events) if events.is_empty() || events.len() > SaveEvent::ALL.len() => {
                 return Err(Refusal::invalid("notify.events", "these are 1 to 5 events"));
             }
-            Some(events) => events.clone(),
+            Some(events) => events,
         };
-        Ok(Receiver {
-            kind: ReceiverKind::Webhook,
-            address: url.to_string(),
-            events,
-        })
+        Ok(Receiver::webhook(url, events))
     }
 }
 
@@ -273,12 +269,9 @@ mod tests {
         }
         let long = format!("https://hooks.example/{}", "x".repeat(MAX_URL));
         assert!(settings().user_url(&long).is_err());
-        let asked = Notify {
-            url: "https://hooks.example/".into(),
-            events: None,
-        };
-        assert!(settings().receiver(&asked).is_ok());
-        assert!(Webhooks::default().receiver(&asked).is_err());
+        let asked = "https://hooks.example/";
+        assert!(settings().receiver(asked, None).is_ok());
+        assert!(Webhooks::default().receiver(asked, None).is_err());
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Delivers the notices of the record's outbox. Those to the site's receivers and those to users' own have places of their
-//! own, and of one receiver or user only a few are under way, so that whoever hangs holds up only itself.
+//! Delivers the notices of the record's outbox. Those to the site's receivers, those to users' own and e-mails have places
+//! of their own, and of one receiver or user only a few are under way, so that whoever hangs holds up only itself.
 
 use std::time::Duration;
 
@@ -13,12 +13,14 @@ use crate::service::manager::standing::Standing;
 use crate::service::manager::time::rfc3339;
 use crate::service::manager::views::shown;
 use crate::service::manager::webhooks::Delivery;
-use crate::service::record::{Notice, ReceiverKind};
+use crate::service::record::{Audience, Notice, ReceiverKind};
 
 /// Interval at which the outbox is polled.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// Maximum number of deliveries under way to the site's receivers, and again to users' own.
+/// Maximum number of webhooks under way to the site's receivers, and again to users' own.
 const CONCURRENCY: usize = 32;
+/// Maximum number of e-mails under way, each with a connection to the server.
+const MAILS: usize = 8;
 /// Maximum number of them of one receiver of the site, or of one user.
 const OF_EACH: u32 = 4;
 /// The task, in the log and in metrics.
@@ -26,17 +28,21 @@ const TASK: &str = "notices";
 
 /// Delivers until the manager ends.
 pub(super) async fn deliver(app: &App) {
-    tokio::join!(deliver_to(app, true), deliver_to(app, false));
+    tokio::join!(
+        deliver_to(app, Audience::Site, CONCURRENCY),
+        deliver_to(app, Audience::Users, CONCURRENCY),
+        deliver_to(app, Audience::Mail, MAILS)
+    );
 }
 
-async fn deliver_to(app: &App, site: bool) {
+async fn deliver_to(app: &App, audience: Audience, most: usize) {
     let mut running = JoinSet::new();
     loop {
-        let room = CONCURRENCY.saturating_sub(running.len());
+        let room = most.saturating_sub(running.len());
         if room > 0 {
             match app
                 .record
-                .take_notices(&app.name, site, room as u32, OF_EACH)
+                .take_notices(&app.name, audience, room as u32, OF_EACH)
                 .await
             {
                 Ok(taken) => {
@@ -77,6 +83,10 @@ async fn deliver_one(app: &App, notice: &Notice) -> Result<(), TaskError> {
             };
             app.webhooks.send(notice, &message).await
         }
+        ReceiverKind::Email => match &app.mailer {
+            Some(mailer) => mailer.send(notice).await,
+            None => Delivery::Refused("no server for e-mails is set any more".to_owned()),
+        },
     };
     let (job, event) = (notice.save.id, notice.event.name());
     let (reason, after) = match delivery {
