@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::json;
 use upperdeck::service::job::{Category, Code, Kind, Phase, State};
-use upperdeck::service::manager::api::{Progress, Save, Waiting, WaitingReason};
+use upperdeck::service::manager::api::{Email, Progress, Save, Waiting, WaitingReason};
 
 use crate::browser::{Browser, BrowserOptions, Outcome};
 use crate::standin::{Standin, World};
@@ -27,6 +27,10 @@ fn populate(standin: &Standin) {
         .push("/run/containerd cannot be read: permission denied".to_owned());
     world.hold_at = Some(0.4);
     world.me.start_url = Some("https://hub.example.org/spawn?image={reference}".to_owned());
+    world.me.email = Some(Email {
+        address: "minji@example.org".to_owned(),
+        over_seconds: Some(600),
+    });
     world.images[1].pinned = true;
     world.images[2].shared = vec!["jun".to_owned()];
     let mut lent = world.image("survey", &["v3"], Category::Cpu, 3_000_000_000, 50, None);

@@ -8,6 +8,7 @@ mod browser;
 mod calls;
 mod delivery;
 mod looks;
+mod mail;
 mod provider;
 mod replacing;
 mod saving;

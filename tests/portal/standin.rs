@@ -602,10 +602,10 @@ fn refuse((status, problem): (StatusCode, Problem)) -> Response {
     (status, kind, serde_json::to_string(&problem).unwrap()).into_response()
 }
 
-type Reply = Result<Response, Response>;
+pub type Reply = Result<Response, Response>;
 
 /// Called by every handler: checks the sign-in, and whether the page itself requested a change.
-fn enter<'a>(
+pub fn enter<'a>(
     world: &'a Shared,
     headers: &HeaderMap,
     changes: bool,
@@ -963,6 +963,7 @@ fn routes(world: Shared) -> Router {
         .route("/shared", get(shared))
         .route("/quota", get(quota))
         .route("/nodes", get(nodes))
+        .route("/notify/email", axum::routing::put(crate::mail::set))
         .route("/dead", get(dead))
         .layer(axum::middleware::from_fn_with_state(world.clone(), count));
     upperdeck::service::portal::router()

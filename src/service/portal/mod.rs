@@ -33,7 +33,7 @@ const SCRIPT: &str = "text/javascript; charset=utf-8";
 /// The page itself; [`File::page`] replaces `{build}` and `{preload}`.
 const PAGE: &str = include_str!("index.html");
 /// Name, content type and content of each file. Languages are loaded on demand, the others at once.
-const FILES: [(&str, &str, &str); 16] = [
+const FILES: [(&str, &str, &str); 17] = [
     ("style.css", CSS, include_str!("style.css")),
     ("app.js", SCRIPT, include_str!("app.js")),
     ("api.js", SCRIPT, include_str!("api.js")),
@@ -44,6 +44,7 @@ const FILES: [(&str, &str, &str); 16] = [
     ("sessions.js", SCRIPT, include_str!("sessions.js")),
     ("row.js", SCRIPT, include_str!("row.js")),
     ("contents.js", SCRIPT, include_str!("contents.js")),
+    ("mail.js", SCRIPT, include_str!("mail.js")),
     ("images.js", SCRIPT, include_str!("images.js")),
     ("history.js", SCRIPT, include_str!("history.js")),
     ("operations.js", SCRIPT, include_str!("operations.js")),

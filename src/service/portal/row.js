@@ -5,6 +5,7 @@ import { amount, badges, outside, short } from "./contents.js";
 import { announce, ask, element, facts, fill, look, named, reference } from "./element.js";
 import { bytes, duration, since, when } from "./format.js";
 import { sentence, t } from "./language.js";
+import { box } from "./mail.js";
 import { failure, image as imageOf, latest, outcome, over, running, take, trouble, verdict, words } from "./saves.js";
 
 const NAME = /^[a-z0-9]+(?:[._-][a-z0-9]+|__[a-z0-9]+|-+[a-z0-9]+)*$/;
@@ -44,17 +45,18 @@ function replace(existing, session) {
 }
 
 /** Name, tag, description: what a save is called. `shown` opens the row that has the form. */
-function saveForm(id, shown) {
+function saveForm(id, shown, me, signal) {
   const plain = { autocomplete: "off", spellcheck: "false", autocapitalize: "none", maxlength: "128", dir: "ltr" };
   const name = field(`${id}-n`, t("field.name"), t("field.name.hint"), element("input", plain));
   const tag = field(`${id}-t`, t("field.tag"), t("field.tag.hint"), element("input", plain));
   const message = field(`${id}-m`, t("field.message"), t("field.message.hint"), element("textarea", { rows: "2", maxlength: "1000", dir: "auto" }));
   const full = element("input", { type: "checkbox", id: `${id}-f` });
   const anew = element("div", { class: "check" }, full, element("label", { for: `${id}-f` }, t("field.full")));
+  const mail = box(`${id}-e`, me, signal);
   const target = element("code", { dir: "ltr" });
   const form = element("form", { id: `${id}-form`, novalidate: true },
     element("p", { class: "as" }, sentence("save.as", { image: target })),
-    element("div", { class: "pair" }, name.element, tag.element), message.element, anew);
+    element("div", { class: "pair" }, name.element, tag.element), message.element, mail.element, anew);
   const typed = ({ input }) => input.value.trim();
   let session = null;
   const preview = () => fill(target, `${typed(name) || session.suggested_name}:${typed(tag) || session.suggested_tag}`);
@@ -76,10 +78,11 @@ function saveForm(id, shown) {
     },
     reset() {
       form.reset();
+      mail.reset();
       preview();
     },
     image: () => ({ ...(typed(name) && { name: typed(name) }), ...(typed(tag) && { tag: typed(tag) }) }),
-    rest: () => ({ ...(typed(message) && { message: typed(message) }), ...(full.checked && { options: { full: true } }) }),
+    rest: () => ({ ...(typed(message) && { message: typed(message) }), ...(full.checked && { options: { full: true } }), ...mail.rest() }),
     valid() {
       const bad = [[name, NAME, "field.name.wrong"], [tag, TAG, "field.tag.wrong"]].filter(([one, pattern]) => typed(one) && !pattern.test(typed(one)));
       for (const [one, , key] of bad.reverse()) wrong(one, t(key));
@@ -103,7 +106,7 @@ function brief(save, seen) {
 }
 
 /** The row of a session. */
-export function row(first, me) {
+export function row(first, me, signal) {
   let session = first;
   let save = null;
   let shown = null;
@@ -121,7 +124,7 @@ export function row(first, me) {
     opener.setAttribute("aria-expanded", String(open));
     ending();
   };
-  const form = saveForm(id, () => toggle(true));
+  const form = saveForm(id, () => toggle(true), me, signal);
   const button = element("button", { class: "main", form: `${id}-form` }, t("save"));
   button.setAttribute("aria-label", t("save.what", { what: title(first) }));
   const again = element("button", { type: "button", class: "again", hidden: true });

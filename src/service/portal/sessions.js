@@ -3,6 +3,7 @@
 import { every, get, repeat } from "./api.js";
 import { element, fill, follow, named } from "./element.js";
 import { t } from "./language.js";
+import { setting } from "./mail.js";
 import { row } from "./row.js";
 import { changes, latest, over, running, take, words } from "./saves.js";
 
@@ -18,7 +19,7 @@ export function view(main, signal, me) {
     element("div", { class: "field grow" }, element("label", { for: "find-session" }, t("sessions.search")), search),
     me.administrator ? element("div", { class: "check" }, all, element("label", { for: "everyone" }, t("sessions.everyone"))) : null);
   const others = element("div", { class: "cards tight" });
-  main.append(tools, others, list, state);
+  main.append(tools, others, list, state, setting(me) ?? "");
 
   let sessions = [];
   let saves = [];
@@ -31,7 +32,7 @@ export function view(main, signal, me) {
       !word || [session.pod, session.namespace, session.container, session.image, session.node, session.owner].some((text) => text?.toLowerCase().includes(word)));
     tools.hidden = sessions.length < 4 && !(me.administrator && sessions.length > mine.length);
     follow(list, found, (session) => session.id, (session) => {
-      const one = row(session, me);
+      const one = row(session, me, signal);
       return { ...one, update: (now) => one.update(now, saves) };
     });
     // A save may outlive its session's place in the list: it must not vanish from sight.
