@@ -11,6 +11,8 @@ use base64::prelude::BASE64_STANDARD;
 
 use crate::site::PATIENCE;
 
+const HELD: &str = "no test panics while it holds this";
+
 /// An e-mail as it was received.
 #[derive(Clone, Debug, Default)]
 pub struct Received {
@@ -138,7 +140,7 @@ impl Session {
                 "RCPT" => {
                     self.mail.to.push(rest.to_owned());
                     let answer = {
-                        let mut state = self.state.lock().unwrap();
+                        let mut state = self.state.lock().expect(HELD);
                         state.asked += 1;
                         state.answers.pop_front()
                     };
@@ -148,7 +150,7 @@ impl Session {
                     self.say("354 go on")?;
                     self.mail.text = self.read_to("\r\n.\r\n")?;
                     let mail = self.mail.clone();
-                    self.state.lock().unwrap().received.push(mail);
+                    self.state.lock().expect(HELD).received.push(mail);
                     self.say("250 taken")?;
                 }
                 "QUIT" => {
@@ -209,18 +211,18 @@ impl Smtp {
 
     /// Sets the answers to the next recipients.
     pub fn answer(&self, answers: &[&'static str]) {
-        self.state.lock().unwrap().answers.extend(answers);
+        self.state.lock().expect(HELD).answers.extend(answers);
     }
 
     pub fn asked(&self) -> usize {
-        self.state.lock().unwrap().asked
+        self.state.lock().expect(HELD).asked
     }
 
     /// Waits until so many e-mails have come, and returns all.
     pub async fn until(&self, count: usize) -> Result<Vec<Received>, Box<dyn std::error::Error>> {
         let begun = Instant::now();
         loop {
-            let received = self.state.lock().unwrap().received.clone();
+            let received = self.state.lock().expect(HELD).received.clone();
             if received.len() >= count {
                 return Ok(received);
             }
