@@ -3,6 +3,10 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panic")]
 
+#[path = "container_state/database.rs"]
+mod database;
+#[path = "container_state/mapped.rs"]
+mod mapped;
 #[allow(dead_code, reason = "each test program uses its part")]
 #[path = "support/mod.rs"]
 mod support;

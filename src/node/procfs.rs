@@ -47,6 +47,8 @@ pub struct MountInfo {
     pub mount_point: PathBuf,
     /// Whether the mount is writable, as far as its own options say.
     pub writable: bool,
+    /// Whether the mount maps the owners of files (`MOUNT_ATTR_IDMAP`).
+    pub id_mapped: bool,
     /// File system type.
     pub fs_type: String,
     /// The source that the file system reports.
@@ -105,6 +107,7 @@ fn parse_line(line: &[u8]) -> Result<MountInfo, Malformed> {
         root: path_of(unescape_octal(fields[3])),
         mount_point: path_of(unescape_octal(fields[4])),
         writable: has_option(fields[5], b"rw"),
+        id_mapped: has_option(fields[5], b"idmapped"),
         fs_type: String::from_utf8_lossy(&unescape_octal(fields[dash + 1])).into_owned(),
         source: OsString::from_vec(unescape_octal(fields[dash + 2])),
         super_options: fields[dash + 3].to_vec(),

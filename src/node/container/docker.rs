@@ -247,6 +247,8 @@ fn record(roots: &Roots, root: &Path, id: &str) -> Result<RecordedRoot, Error> {
         store: root.join("overlay2"),
         upper,
         lowers: Some(std::iter::once(init).chain(parents).collect()),
+        // Docker changes the owners of the files instead.
+        id_mapped: false,
     })
 }
 

@@ -14,6 +14,9 @@ pub(super) struct RecordedRoot {
     pub(super) upper: PathBuf,
     /// The lower directories, topmost first; `None` if the record of them is incomplete.
     pub(super) lowers: Option<Vec<PathBuf>>,
+    /// Whether the runtime mounts the lower directories ID-mapped for this container. It decides only where the names
+    /// of the mount options do not.
+    pub(super) id_mapped: bool,
 }
 
 /// A container according to a runtime's files. Paths are those of the node, without the host root.

@@ -133,6 +133,8 @@ fn recorded(draft: &RecordedContainer) -> String {
 enum Lookup {
     /// The recorded directory.
     Same,
+    /// The recorded directory in an ID-mapped mount that the runtime has not removed.
+    Mapped,
     /// The directory does not exist any more.
     Gone,
     /// Another directory.
@@ -277,11 +279,12 @@ impl RecordCheck<'_> {
         let mut id_mapped = Vec::new();
         for (named, recorded) in options.lowers.iter().zip(recorded) {
             let lower = self.locate_recorded(record, recorded)?;
-            match self.look_up(named, &lower)? {
-                // With ID mapping, runtimes mount the lower directories elsewhere with the IDs of the container, and
-                // only while the overlay is being mounted.
-                Lookup::Gone if self.mapped => id_mapped.push(lower.clone()),
-                Lookup::Same | Lookup::Gone => {}
+            // With ID mapping, runtimes mount the lower directories elsewhere with the IDs of the container, and only
+            // while the overlay is being mounted. A relative name may then be that of the recorded directory, and yet
+            // have been looked up in the other place.
+            let is_mapped = match self.look_up(named, &lower)? {
+                Lookup::Same => named.is_relative() && record.id_mapped,
+                Lookup::Gone | Lookup::Mapped => true,
                 Lookup::Other(other) => {
                     return Err(self.foreign(format!(
                         "its lower directory {} is {}, its runtime's files say {}",
@@ -290,6 +293,9 @@ impl RecordCheck<'_> {
                         lower.display()
                     )));
                 }
+            };
+            if is_mapped && self.mapped {
+                id_mapped.push(lower.clone());
             }
             lowers.push(lower);
         }
@@ -307,6 +313,9 @@ impl RecordCheck<'_> {
         for candidate in candidates {
             match self.roots.locate(&candidate) {
                 Ok(found) if found == expected => return Ok(Lookup::Same),
+                Ok(found) if self.is_id_mapped_alias(&candidate, &found, expected)? => {
+                    other = Lookup::Mapped;
+                }
                 Ok(found) => other = Lookup::Other(found),
                 Err(e) => match e.kind() {
                     std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {}
@@ -315,6 +324,24 @@ impl RecordCheck<'_> {
             }
         }
         Ok(other)
+    }
+
+    /// Returns whether `found`, which is `named` on the node, is the directory `expected` in an ID-mapped mount.
+    fn is_id_mapped_alias(
+        &self,
+        named: &Path,
+        found: &Path,
+        expected: &Path,
+    ) -> Result<bool, Error> {
+        let mount = self.table.covering(named);
+        if !self.mapped || !mount.is_some_and(|mount| mount.id_mapped) {
+            return Ok(false);
+        }
+        let identity = |path: &Path| {
+            let stat = rustix::fs::stat(path).map_err(|e| Error::io(path, e.into()))?;
+            Ok::<_, Error>((stat.st_dev, stat.st_ino))
+        };
+        Ok(identity(found)? == identity(expected)?)
     }
 
     /// Locates the data-only lower directories. They are taken from the node's own mount, because no supported runtime

@@ -237,6 +237,8 @@ fn draft(
             lowers: chain
                 .ok()
                 .map(|chain| chain.iter().skip(1).map(|layer| below(&layer.id)).collect()),
+            // The names say it: they are absolute where the layers are mounted ID-mapped.
+            id_mapped: false,
         }),
         bases: vec![storage.root.join("overlay")],
         mounted_at: bundle

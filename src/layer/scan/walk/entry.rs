@@ -123,7 +123,10 @@ impl Walker<'_> {
     ) -> Result<(u32, u32), Error> {
         let (uids, gids) = self.ids_of(root);
         let unmapped = |what, id| Error::Unmapped {
-            path: escape::path(path),
+            path: match path {
+                [] => "/".to_owned(),
+                path => escape::path(path),
+            },
             what,
             id,
         };

@@ -171,6 +171,7 @@ fn draft(
             store: snapshots.clone(),
             upper: directory(own),
             lowers: Some(parents.iter().map(directory).collect()),
+            id_mapped: own.id_mapped(parents),
         })
     });
     RecordedContainer {

@@ -21,7 +21,26 @@ pub(super) struct SnapshotId {
     key: String,
     /// Whether a lazy snapshotter mounts it, so that its directory is empty without that mount.
     mounted: bool,
+    /// Whether it was made for a user namespace.
+    remapped: bool,
 }
+
+impl SnapshotId {
+    /// The part of the key that the client chose: for the layer of an image, its chain ID.
+    fn name(&self) -> &str {
+        self.key.splitn(3, '/').nth(2).unwrap_or(&self.key)
+    }
+
+    /// Returns whether `parents` are mounted ID-mapped below this snapshot of a container. Where that is not possible,
+    /// the topmost is a copy with other owners.
+    pub(super) fn id_mapped(&self, parents: &[Self]) -> bool {
+        let copied = matches!(parents, [top, below, ..] if is_remapped(top.name(), below.name()));
+        self.remapped && !copied
+    }
+}
+
+/// Label of snapshots that are made for a user namespace, with its map.
+const UID_MAPPING: &[u8] = b"containerd.io/snapshot/uidmapping";
 
 /// Label of snapshots whose content is mounted instead of unpacked.
 const REMOTE: &[u8] = b"containerd.io/snapshot/remote";
@@ -102,11 +121,19 @@ pub(super) fn chain(db: &Snapshot<'_>, path: &Path, key: &str) -> Result<Vec<Sna
             .get(b"parent")?
             .map(|parent| text(&parent))
             .filter(|parent| !parent.is_empty());
-        let mounted = match snapshot.bucket(b"labels")? {
-            Some(labels) => labels.get(REMOTE)?.is_some(),
-            None => false,
+        let (mounted, remapped) = match snapshot.bucket(b"labels")? {
+            Some(labels) => (
+                labels.get(REMOTE)?.is_some(),
+                labels.get(UID_MAPPING)?.is_some(),
+            ),
+            None => (false, false),
         };
-        chain.push(SnapshotId { id, key, mounted });
+        chain.push(SnapshotId {
+            id,
+            key,
+            mounted,
+            remapped,
+        });
         if chain.len() > MAX_CHAIN {
             return Err(Error::damaged(
                 path,
@@ -188,12 +215,10 @@ pub(super) fn mounted_stack(
     }
     let mut layers = Vec::with_capacity(parents.len());
     for (at, snap) in parents.iter().enumerate() {
-        let name = snap.key.splitn(3, '/').nth(2).unwrap_or(&snap.key);
+        let name = snap.name();
         let Ok(chain_id) = name.parse::<Digest>() else {
             // With ID mapping, ctr and nerdctl add a copy with other owners on top, which belongs to no image.
-            let below = parents
-                .get(at + 1)
-                .and_then(|below| below.key.splitn(3, '/').nth(2));
+            let below = parents.get(at + 1).map(SnapshotId::name);
             if at == 0 && below.is_some_and(|below| is_remapped(name, below)) {
                 continue;
             }
