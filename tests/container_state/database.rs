@@ -26,10 +26,10 @@ impl Node {
         let mut entries = BTreeMap::new();
         for (key, value) in bucket.entries()? {
             let value = match value {
-                Value::Bytes(bytes) => Self::Value(bytes.to_vec()),
+                Value::Bytes(bytes) => Self::Value(bytes),
                 Value::Bucket(inner) => Self::read(&inner)?,
             };
-            entries.insert(key.to_vec(), value);
+            entries.insert(key, value);
         }
         Ok(Self::Bucket(entries))
     }

@@ -7,7 +7,10 @@ use upperdeck::node::container::{Error, bolt, find, prove_base};
 
 use super::database::Node as Tree;
 use super::support::{Need, ignored};
-use super::{CONTAINERD_ID, CONTAINERD_PID, Node, Outcome, SNAPSHOTS, containerd_node};
+use super::{
+    CONTAINERD_ID, CONTAINERD_PID, CRIO, CRIO_ID, CRIO_PID, Node, Outcome, SNAPSHOTS,
+    containerd_node, crio_node,
+};
 
 /// Changes the database of the snapshotter.
 fn change_snapshots(node: &Node, change: impl FnOnce(&mut Tree)) -> Outcome {
@@ -27,9 +30,9 @@ fn own_key(tree: &mut Tree) -> Vec<u8> {
     own.next().cloned().unwrap()
 }
 
-fn in_user_namespace(node: &Node) -> Outcome {
+fn in_user_namespace(node: &Node, pid: u32) -> Outcome {
     for map in ["uid_map", "gid_map"] {
-        node.write(&format!("proc/{CONTAINERD_PID}/{map}"), "0 100000 65536\n")?;
+        node.write(&format!("proc/{pid}/{map}"), "0 100000 65536\n")?;
     }
     Ok(())
 }
@@ -53,7 +56,7 @@ fn shortened_names_of_lowers_are_id_mapped_if_the_snapshot_is() -> Outcome {
     let Some(node) = containerd_node() else {
         return Ok(());
     };
-    in_user_namespace(&node)?;
+    in_user_namespace(&node, CONTAINERD_PID)?;
     mounted_on(&node, "2/fs:1/fs")?;
     let found = find(&node.roots, CONTAINERD_ID)?;
     assert_eq!(found.overlay.id_mapped, Vec::<PathBuf>::new());
@@ -114,7 +117,7 @@ fn an_id_mapped_mount_that_stayed_is_the_recorded_directory() -> Outcome {
     let Some(node) = containerd_node().filter(|_| !ignored(&[Need::Root])) else {
         return Ok(());
     };
-    in_user_namespace(&node)?;
+    in_user_namespace(&node, CONTAINERD_PID)?;
     mounted_on(&node, "/tmp/ovl-idmapped1/2/fs:/tmp/ovl-idmapped1/1/fs")?;
     for lower in ["1", "2"] {
         node.mkdir(&format!("tmp/ovl-idmapped1/{lower}/fs"))?;
@@ -153,5 +156,35 @@ fn an_id_mapped_mount_that_stayed_is_the_recorded_directory() -> Outcome {
         });
         mounted.join().unwrap()
     })?;
+    Ok(())
+}
+
+/// CRI-O names the layers by the numbers of descriptors if the options get too long.
+#[test]
+fn names_that_are_numbers_of_descriptors_are_those_of_id_mapped_lowers() -> Outcome {
+    let Some(node) = crio_node() else {
+        return Ok(());
+    };
+    let lowers = find(&node.roots, CRIO_ID)?.overlay.lowers;
+    let numbers: Vec<String> = (5..).take(lowers.len()).map(|n| n.to_string()).collect();
+    mounted_on(&node, &numbers.join(":"))?;
+    let none = Vec::<PathBuf>::new();
+    assert_eq!(find(&node.roots, CRIO_ID)?.overlay.id_mapped, none);
+    in_user_namespace(&node, CRIO_PID)?;
+    let found = find(&node.roots, CRIO_ID)?;
+    assert_eq!(found.overlay.lowers, lowers);
+    assert_eq!(found.overlay.id_mapped, lowers);
+    prove_base(&node.roots, &found)?;
+
+    // On a kernel without ID-mapped overlays, the owners are changed in a copy of the topmost layer.
+    let layers = format!("{CRIO}/overlay-layers/layers.json");
+    let honest = fs::read_to_string(node.path(&layers))?;
+    let mut list: serde_json::Value = serde_json::from_str(&honest)?;
+    for layer in list.as_array_mut().ok_or("a list")? {
+        layer["uidmap"] =
+            serde_json::json!([{"container_id": 0, "host_id": 100_000, "size": 65536}]);
+    }
+    node.write(&layers, list.to_string())?;
+    assert_eq!(find(&node.roots, CRIO_ID)?.overlay.id_mapped, none);
     Ok(())
 }

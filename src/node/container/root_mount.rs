@@ -280,10 +280,10 @@ impl RecordCheck<'_> {
         for (named, recorded) in options.lowers.iter().zip(recorded) {
             let lower = self.locate_recorded(record, recorded)?;
             // With ID mapping, runtimes mount the lower directories elsewhere with the IDs of the container, and only
-            // while the overlay is being mounted. A relative name may then be that of the recorded directory, and yet
-            // have been looked up in the other place.
+            // while the overlay is being mounted. A relative name tells nothing: where it was looked up is not known.
             let is_mapped = match self.look_up(named, &lower)? {
-                Lookup::Same => named.is_relative() && record.id_mapped,
+                Lookup::Same | Lookup::Gone if named.is_relative() => record.id_mapped,
+                Lookup::Same => false,
                 Lookup::Gone | Lookup::Mapped => true,
                 Lookup::Other(other) => {
                     return Err(self.foreign(format!(

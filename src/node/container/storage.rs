@@ -65,6 +65,16 @@ struct StoredLayer {
     parent: String,
     #[serde(default, rename = "diff-digest")]
     diff_digest: Option<Digest>,
+    /// Ranges of IDs; only whether there are any counts.
+    #[serde(default, rename = "uidmap")]
+    uid_map: Option<Vec<serde::de::IgnoredAny>>,
+}
+
+impl StoredLayer {
+    /// Returns whether the owners of its files were changed for a user namespace.
+    fn is_chowned(&self) -> bool {
+        self.uid_map.as_ref().is_some_and(|map| !map.is_empty())
+    }
 }
 
 /// An entry of `images.json`.
@@ -234,11 +244,13 @@ fn draft(
         record: (!container.layer.is_empty()).then(|| RecordedRoot {
             store: storage.root.join("overlay"),
             upper: below(&container.layer),
+            // Where ID-mapped mounts are not possible, the topmost layer is a copy with other owners.
+            id_mapped: chain
+                .as_ref()
+                .is_ok_and(|chain| !chain.iter().skip(1).any(|layer| layer.is_chowned())),
             lowers: chain
                 .ok()
                 .map(|chain| chain.iter().skip(1).map(|layer| below(&layer.id)).collect()),
-            // The names say it: they are absolute where the layers are mounted ID-mapped.
-            id_mapped: false,
         }),
         bases: vec![storage.root.join("overlay")],
         mounted_at: bundle
@@ -569,6 +581,7 @@ mod tests {
                 id: id.to_owned(),
                 parent: parent.to_owned(),
                 diff_digest: None,
+                uid_map: None,
             };
             (id.to_owned(), layer)
         };
