@@ -1,0 +1,48 @@
+"""KubeSpawner with saved images, and pull secrets for private projects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kubespawner import KubeSpawner
+from tornado import web
+from traitlets import Any as AnyTrait
+
+from .images import SavedImage
+from .manager import Problem
+from .spawner import UpperdeckMixin
+
+
+class UpperdeckKubeSpawner(UpperdeckMixin, KubeSpawner):
+    """KubeSpawner that checks saved images, pulls them with a credential of its own, and saves before a stop."""
+
+    upperdeck_pull_secrets = AnyTrait(
+        None,
+        allow_none=True,
+        help="A jupyterhub_upperdeck.pull.PullSecrets: makes a credential for each start from a private project. "
+        "Without it, image_pull_secrets or the nodes have one for all.",
+    ).tag(config=True)
+
+    def _options_from_form(self, formdata: dict[str, list[Any]]) -> dict[str, Any]:
+        form = dict(formdata)
+        chosen = self.upperdeck_chosen(form)
+        return {**super()._options_from_form(form), **chosen}
+
+    async def load_user_options(self) -> None:
+        self.upperdeck_started()
+        await super().load_user_options()
+        # Once more for the image itself: a profile of the site may let users write one.
+        image = await self.upperdeck_check(str(self.image))
+        if image is not None:
+            await self._add_pull_secret(image)
+
+    async def _add_pull_secret(self, image: SavedImage) -> None:
+        if self.upperdeck_pull_secrets is None:
+            return
+        try:
+            name = await self.upperdeck_pull_secrets.ensure(self, image)
+        except Problem as problem:
+            raise web.HTTPError(503, f"The saved image cannot be pulled: {problem}") from problem
+        known: list[dict[str, Any]] = list(self.image_pull_secrets or [])
+        others = [one for one in known if one.get("name") != name]
+        self.image_pull_secrets: Any = [*others, {"name": name}]

@@ -1,0 +1,143 @@
+"""Saves a session before its server stops, within a bound."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from .manager import Json, Manager, Problem, path
+from .text import shorten, size
+
+MESSAGE = "Saved when the server stopped"
+_FIRST_LOOK_S = 0.3
+_LAST_LOOK_S = 3.0
+_CANCEL_S = 5.0
+_UNKNOWN_LOOK_S = 1.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the last stop of a server saved. `text` is for people."""
+
+    saved: bool
+    at: str
+    text: str
+
+    @classmethod
+    def now(cls, saved: bool, text: str) -> Outcome:
+        return cls(saved, datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), shorten(text, 400))
+
+    def as_json(self) -> Json:
+        return {"saved": self.saved, "at": self.at, "text": self.text}
+
+    @classmethod
+    def read(cls, kept: Any) -> Outcome | None:
+        """Reads what :meth:`as_json` wrote; `None` for anything else."""
+        if not isinstance(kept, dict) or not isinstance(kept.get("text"), str):
+            return None
+        return cls(bool(kept.get("saved")), str(kept.get("at", "")), kept["text"])
+
+
+async def save_before_stop(
+    manager: Manager, owner: str, which: str | Json, *, bound: float, name: str | None = None
+) -> Outcome:
+    """Saves a session and waits for the end of the save, at most `bound` seconds for everything.
+
+    A save that has not ended by then is cancelled, as it would fail with the session's end. Never fails: what went
+    wrong is in the outcome.
+    """
+    saving = _Saving(manager, owner, which, name)
+    try:
+        async with asyncio.timeout(bound):
+            return await saving.run()
+    except TimeoutError:
+        await saving.cancel()
+        return Outcome.now(False, f"Not saved: it took longer than {bound:.0f} s{saving.why}. {saving.left}")
+    except Problem as problem:
+        return Outcome.now(False, f"Not saved: {problem}")
+
+
+class _Saving:
+    def __init__(self, manager: Manager, owner: str, which: str | Json, name: str | None) -> None:
+        self.manager = manager
+        self.owner = owner
+        self.which = which
+        self.name = name
+        self.save: Json | None = None
+        self.ours = False
+
+    @property
+    def why(self) -> str:
+        waiting = (self.save or {}).get("waiting") or {}
+        error = (self.save or {}).get("error") or {}
+        if error.get("message"):
+            return f" ({error['message']})"
+        reasons = {
+            "retry": "the last attempt failed, and the next one was waited for",
+            "node": "the node did not respond",
+            "slot": "other saves were running on the node",
+            "queue": "other saves were queued before it",
+        }
+        found = reasons.get(str(waiting.get("reason")))
+        return f" ({found})" if found else ""
+
+    @property
+    def left(self) -> str:
+        return "The save was cancelled." if self.ours and self.save else ""
+
+    async def run(self) -> Outcome:
+        await self._request()
+        pause = _FIRST_LOOK_S
+        while self.save is not None and self.save.get("state") not in ("succeeded", "failed", "cancelled"):
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, _LAST_LOOK_S)
+            try:
+                self.save = await self.manager.call("GET", path("saves", str(self.save["id"])), self.owner)
+            except Problem as problem:
+                # The manager may be restarted meanwhile; the bound ends this.
+                if problem.status < 500 and problem.status != 429:
+                    raise
+        return self._outcome()
+
+    async def _request(self) -> None:
+        """Requests the save, or follows the one that the user has begun."""
+        body: Json = {"session": self.which, "message": MESSAGE, "replace": "own"}
+        if self.name:
+            body["image"] = {"name": self.name}
+        key = f"stop-{time.time_ns():x}"
+        while self.save is None:
+            try:
+                self.save = await self.manager.call("POST", path("saves"), self.owner, body=body, key=key)
+                self.ours = True
+            except Problem as problem:
+                under_way = problem.body.get("save")
+                if problem.code == "conflict" and under_way:
+                    self.save = await self.manager.call("GET", path("saves", str(under_way)), self.owner)
+                elif problem.status >= 500 or problem.status == 429:
+                    await asyncio.sleep(_UNKNOWN_LOOK_S)
+                else:
+                    raise
+
+    def _outcome(self) -> Outcome:
+        save = self.save or {}
+        image = f"{save.get('name', '')}:{save.get('tag', '')}"
+        if save.get("state") == "succeeded":
+            result = save.get("result") or {}
+            bytes_ = size(result.get("layer_bytes"))
+            return Outcome.now(True, f"Saved as {image}" + (f" ({bytes_} of changes)." if bytes_ else "."))
+        error = (save.get("error") or {}).get("message") or f"the save was {save.get('state')}"
+        return Outcome.now(False, f"Not saved: {error}")
+
+    async def cancel(self) -> None:
+        """Cancels the save if it was requested here; the user's own one is theirs."""
+        if self.save is None or not self.ours:
+            return
+        try:
+            async with asyncio.timeout(_CANCEL_S):
+                await self.manager.call("DELETE", path("saves", str(self.save["id"])), self.owner)
+        except (Problem, TimeoutError):
+            # It fails by itself when the session is gone.
+            pass
