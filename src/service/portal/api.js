@@ -55,6 +55,13 @@ export function keep(key) {
 
 export const forget = () => keep(null);
 
+/** What a gate that knows users by a cookie of its own (JupyterHub's services) wants back with each call; the cookie with
+ *  the longest path comes first. */
+function gateKey() {
+  const [, value] = /(?:^|; )_xsrf=([^;]*)/.exec(document.cookie) ?? [];
+  return value ? { "X-XSRFToken": value } : {};
+}
+
 /** One call; the body of its answer. `key` lets the same request be sent again without being done again. `token`: instead of
  *  who is signed in. */
 export async function call(method, where, { body, key, query, token } = {}) {
@@ -62,7 +69,7 @@ export async function call(method, where, { body, key, query, token } = {}) {
   for (const [name, value] of Object.entries(query ?? {})) {
     if (value !== undefined && value !== null && value !== "") url.searchParams.set(name, value);
   }
-  const headers = { Accept: "application/json" };
+  const headers = { Accept: "application/json", ...gateKey() };
   if (method !== "GET") {
     // No form of another site can say these.
     headers["Content-Type"] = "application/json";
@@ -128,7 +135,7 @@ export async function every(where, name, query = {}) {
 export async function stream(where, query, signal, hear) {
   const url = address(where);
   for (const [name, value] of Object.entries(query)) if (value) url.searchParams.set(name, value);
-  const headers = { Accept: "text/event-stream" };
+  const headers = { Accept: "text/event-stream", ...gateKey() };
   if (pageKey) headers["Upperdeck-Page"] = pageKey;
   let answer;
   try {

@@ -1,0 +1,45 @@
+"""Names of users, and their texts in the hub's pages."""
+
+import jinja2
+import pytest
+from jupyterhub_upperdeck import owner_of
+from jupyterhub_upperdeck.text import date, markup, shorten, size
+
+ODD = ["alice", "Alice", "alice@example.com", "alice@example-com", "한글", "a" * 65, "a--b", "a---b", "-a", "a.", "../x", "A"]
+
+
+def test_owners_are_repository_components_and_differ() -> None:
+    owners = [owner_of(name) for name in ODD]
+    assert len(set(owners)) == len(ODD)
+    assert owner_of("alice") == "alice"
+    assert owner_of("a--b") == "a--b"
+    for owner in owners:
+        assert len(owner) <= 64
+        assert all(char.islower() or char.isdigit() or char in "._-" for char in owner), owner
+        assert owner[0].isalnum()
+        assert owner[-1].isalnum()
+
+
+def test_a_name_that_looks_like_a_made_one_is_not_taken_for_it() -> None:
+    made = owner_of("Alice")
+    assert made.startswith("alice---")
+    assert owner_of(made) != made
+
+
+@pytest.mark.parametrize("text", ["{{ 7 * 7 }}", "{% for x in y %}", "{# hidden #}", "<script>alert(1)</script>", '"\'&'])
+def test_markup_is_text_for_a_template_and_for_html(text: str) -> None:
+    said = markup(text)
+    assert not set(said) & set("{}<>\"'")
+    # The hub takes the form for a template.
+    assert jinja2.Template(said).render() == said
+    import html
+
+    assert html.unescape(said) == text
+
+
+def test_texts_are_short_and_on_one_line() -> None:
+    assert shorten("a\n\tb\u202ec\u0000") == "a bc"
+    assert len(shorten("x" * 10_000)) == 200
+    assert size(123_456_789) == "123 MB"
+    assert size(None) == ""
+    assert date("2026-11-30T10:00:00Z") == "2026-11-30 10:00 UTC"

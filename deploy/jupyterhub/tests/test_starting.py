@@ -1,0 +1,52 @@
+"""Whether an image will start, by what the user changed."""
+
+from typing import Any
+
+import pytest
+from jupyterhub_upperdeck.starting import judge_packages, judge_session
+
+
+def packages(*changes: tuple[str, str, str | None]) -> dict[str, Any]:
+    return {
+        "packages": [
+            {"name": name, "change": change, "version": version, "manager": "pip", "location": "opt/venv"}
+            for name, change, version in changes
+        ],
+        "more": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "starts", "codes"),
+    [
+        ([("numpy", "added", "2.1")], True, []),
+        ([("jupyterhub", "removed", None)], False, ["jupyterhub_removed"]),
+        ([("jupyter_server", "removed", None)], False, ["server_removed"]),
+        ([("jupyterhub", "removed", None), ("jupyterhub", "added", "6.0")], True, []),
+        ([("jupyterhub", "changed", "4.1.5")], None, ["jupyterhub_version"]),
+        ([("jupyterhub", "changed", "6.0.0")], True, []),
+    ],
+)
+def test_packages_decide(changes: list[Any], starts: bool | None, codes: list[str]) -> None:
+    judged = judge_packages(packages(*changes), "6.1.1")
+    assert judged.starts is starts
+    assert [reason.code for reason in judged.reasons] == codes
+
+
+def test_an_unknown_list_decides_nothing() -> None:
+    assert judge_packages(None).starts is None
+
+
+def test_a_session_says_why() -> None:
+    session = {
+        "image": "quay.io/base:1",
+        "unsaved": [{"path": "/home/jovyan", "kind": "nfs4", "data": True}, {"path": "/proc", "kind": "proc", "data": False}],
+    }
+    judged = judge_session(session, packages(), hub_version="6.1.1", home="/home/jovyan")
+    assert judged.starts is True
+    assert [reason.code for reason in judged.reasons] == ["started_here", "home_on_volume"]
+    assert "quay.io/base:1" in judged.reasons[0].detail
+    broken = judge_session(session, packages(("jupyterhub", "removed", None)), hub_version="6.1.1")
+    assert broken.starts is False
+    assert "started_here" not in [reason.code for reason in broken.reasons]
+    assert judge_session({**session, "problem": "it is gone"}, packages(), hub_version="6.1.1").starts is None
