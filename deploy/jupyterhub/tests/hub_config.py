@@ -25,9 +25,15 @@ c.JupyterHub.cleanup_servers = True
 # Only the culler of the test, which asks once.
 c.JupyterHub.services = [{"name": "culler", "api_token": lab["culler_token"]}]
 c.JupyterHub.load_roles = [
-    {"name": "culler", "services": ["culler"], "scopes": ["list:users", "read:users:activity", "read:servers", "delete:servers"]},
+    {
+        "name": "culler",
+        "services": ["culler"],
+        "scopes": ["list:users", "read:users:activity", "read:servers", "delete:servers"],
+    },
 ]
 c.Spawner.cmd = ["python3", "-m", "jupyterhub.singleuser"]
+# Lab asks the internet for news otherwise.
+c.Spawner.args = ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
 c.Spawner.default_url = "/lab"
 c.Spawner.http_timeout = 120
 c.Spawner.start_timeout = 180

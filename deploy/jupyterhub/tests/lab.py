@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,18 @@ class Lab:
         self._start_agent()
         self._start_hub()
 
+    def write_wheel(self) -> Path:
+        """Writes a package that a user can install without a network, and returns its directory."""
+        directory = self.directory / "wheels"
+        directory.mkdir(exist_ok=True)
+        info = "greeting-1.0.dist-info"
+        with zipfile.ZipFile(directory / "greeting-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("greeting.py", "WORDS = 'hello from a package'\n")
+            wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: greeting\nVersion: 1.0\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", f"greeting.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+        return directory
+
     # --- the parts
 
     def _start_registry(self) -> None:
@@ -152,7 +166,15 @@ class Lab:
 
     def push(self, source: str, name: str) -> str:
         reference = f"{self.registry_host}/{name}"
-        run("skopeo", "copy", "--quiet", "--preserve-digests", "--dest-tls-verify=false", source, f"docker://{reference}")
+        run(
+            "skopeo",
+            "copy",
+            "--quiet",
+            "--preserve-digests",
+            "--dest-tls-verify=false",
+            source,
+            f"docker://{reference}",
+        )
         return reference
 
     def _write_podman(self) -> None:
@@ -213,8 +235,10 @@ class Lab:
             [
                 program(), "agent", "--redis", self.redis, "--key-file", self.directory / "node-key",
                 "--node", "node-1", "--owner", "env:UPPERDECK_OWNER", "--allow", f"{self.registry_host}/sessions",
-                "--tls-verify=false", "--spool-dir", self.directory / "spool", "--state-dir", self.directory / "state",
-                "--storage-root", self.directory / "podman/root", "--storage-runroot", self.directory / "podman/runroot",
+                "--tls-verify=false", "--foreground",
+                "--spool-dir", self.directory / "spool", "--state-dir", self.directory / "state",
+                "--storage-root", self.directory / "podman/root",
+                "--storage-runroot", self.directory / "podman/runroot",
                 "--containerd-root", self.directory / "none", "--containerd-state", self.directory / "none",
                 "--docker-root", self.directory / "none",
             ],
@@ -240,7 +264,7 @@ class Lab:
             "image": self.image,
             "podman_environment": self.podman_environment,
             # The programs of a Jupyter image; what the user installs goes into the image's own environment.
-            "mounts": [str(venv), str(TREE / "deploy/jupyterhub/tests/wheels")],
+            "mounts": [str(venv), str(self.write_wheel())],
             "container_environment": {
                 "PATH": f"/opt/venv/bin:/usr/local/bin:/usr/bin:/bin:{venv}/bin",
                 "HOME": "/home/researcher",
@@ -265,12 +289,17 @@ class Lab:
         until("the hub", lambda: answers(f"{self.hub}/services/upperdeck/health") or self.hub_process.process.poll())
         assert self.hub_process.process.poll() is None, self.hub_process.text()[-4000:]
 
+    def forget_images(self) -> None:
+        """Removes all images of the node that no container uses, as on another node."""
+        self.podman("image", "rm", "--all", "--force")
+
     def log(self, name: str) -> str:
         return (self.directory / f"{name}.log").read_text(errors="replace")
 
     def close(self) -> None:
         for daemon in reversed(self.daemons):
             daemon.stop()
+        self._stop_proxy()
         if hasattr(self, "podman_environment"):
             subprocess.run(
                 ["podman", "rm", "--all", "--force", "--time", "1"], env=self.podman_environment, capture_output=True,
@@ -284,6 +313,13 @@ class Lab:
                 subprocess.run(["umount", "--quiet", str(overlay)], check=False)
         if os.environ.get("UPPERDECK_KEEP_LAB") != "1":
             shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _stop_proxy(self) -> None:
+        # The hub ends its proxy; one that was killed does not.
+        file = self.directory / "proxy.pid"
+        if file.exists():
+            with contextlib.suppress(ProcessLookupError, ValueError):
+                os.kill(int(file.read_text()), 15)
 
 
 def answers(url: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 import requests
 from lab import PASSWORD, Lab, until
@@ -31,13 +32,13 @@ class Person:
         return self.http.request(method, f"{self.lab.hub}/hub/api/{where}", headers=headers, timeout=60, **more)
 
     def server(self, name: str = "") -> str:
-        return f"users/{self.name}/server" + (f"s/{name}" if name else "")
+        return f"users/{quote(self.name)}/server" + (f"s/{name}" if name else "")
 
     def request_start(self, name: str = "", **options: Any) -> requests.Response:
         return self.api("POST", self.server(name), json=options)
 
     def ready(self, name: str = "") -> bool:
-        model = self.api("GET", f"users/{self.name}").json()
+        model = self.api("GET", f"users/{quote(self.name)}").json()
         return bool(model["servers"].get(name, {}).get("ready"))
 
     def start(self, name: str = "", **options: Any) -> None:
@@ -47,7 +48,7 @@ class Person:
         until(f"the server of {self.name}", lambda: self.ready(name))
 
     def stopped(self, name: str = "") -> bool:
-        model = self.api("GET", f"users/{self.name}").json()
+        model = self.api("GET", f"users/{quote(self.name)}").json()
         return name not in model["servers"]
 
     def stop(self, name: str = "") -> None:

@@ -97,3 +97,9 @@ class PodmanSpawner(ImageForm, Containers):
 
     async def image_to_start(self) -> str:
         return await self.upperdeck_image()
+
+    async def stop(self, now: bool = False) -> None:
+        bound = Path(self.directory) / "bound"
+        if bound.exists():
+            self.save_on_stop_bound = float(bound.read_text())
+        await super().stop(now=now)

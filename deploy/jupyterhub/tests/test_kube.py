@@ -11,15 +11,27 @@ from typing import Any
 import pytest
 from fake import FakeManager, image
 from jupyterhub.objects import Hub, Server
-from jupyterhub_upperdeck import owner_of, profile_list
-from jupyterhub_upperdeck.kube import UpperdeckKubeSpawner
-from jupyterhub_upperdeck.manager import Manager
-from jupyterhub_upperdeck.pull import PullSecrets
 from kubespawner import KubeSpawner
 from tornado import web
 from traitlets.config import Config
 
-USERS = ["alice", "Bob", "carol@example.com", "Ünal Öz", "d.e-f_g", "한글이름", "x" * 70, "../../etc", "{{ user }}", "-a--b-"]
+from jupyterhub_upperdeck import owner_of, profile_list
+from jupyterhub_upperdeck.kube import UpperdeckKubeSpawner
+from jupyterhub_upperdeck.manager import Manager
+from jupyterhub_upperdeck.pull import PullSecrets
+
+USERS = [
+    "alice",
+    "Bob",
+    "carol@example.com",
+    "Ünal Öz",
+    "d.e-f_g",
+    "한글이름",
+    "x" * 70,
+    "../../etc",
+    "{{ user }}",
+    "-a--b-",
+]
 SITE = [{"display_name": "Base", "slug": "base", "kubespawner_override": {"image": "quay.io/base:1"}}]
 OVERRIDES = {
     "cpu": {"cpu_limit": 2},
@@ -90,8 +102,8 @@ def spawner(manager: FakeManager, user: str, options: dict[str, Any] | None = No
     )
     Spawner.fake = manager
     made = Spawner(
-        hub=Hub(base_url="/hub/"), user=of, orm_spawner=orm, config=config, _mock=True, api_token="token", oauth_client_id="x",
-        user_options=options or {}, **more,
+        hub=Hub(base_url="/hub/"), user=of, orm_spawner=orm, config=config, _mock=True, api_token="token",
+        oauth_client_id="x", user_options=options or {}, **more,
     )  # fmt: skip
     made.server = Server()
     made.api = Api()
@@ -108,7 +120,7 @@ async def test_each_user_starts_from_the_own_image(user: str) -> None:
     manager = FakeManager()
     everyone(manager)
     profiles = await profile_list(SITE, manager=manager)(spawner(manager, user))
-    assert [one["slug"] for one in profiles][0] == "base"
+    assert profiles[0]["slug"] == "base"
     own = profiles[1:]
     assert len(own) == 1, "the images of others are not offered"
     started = spawner(manager, user, {"profile": own[0]["slug"]})
@@ -127,7 +139,7 @@ async def test_each_user_starts_from_the_own_image(user: str) -> None:
     names = [one["name"] if isinstance(one, dict) else one.name for one in pod.spec.image_pull_secrets]
     assert names == [f"upperdeck-pull-{credentials.made[0][0]}"]
     assert len(names[0]) <= 63
-    assert all(char.isalnum() and char.isascii() and not char.isupper() or char == "-" for char in names[0])
+    assert all((char.isalnum() and char.isascii() and not char.isupper()) or char == "-" for char in names[0])
     written = started.api.secrets["hub", names[0]]
     assert written["type"] == "kubernetes.io/dockerconfigjson"
     config = json.loads(base64.b64decode(written["data"][".dockerconfigjson"]))
@@ -176,7 +188,9 @@ async def test_texts_of_others_are_text_in_the_page() -> None:
     hostile = "{{ ''.__class__.__mro__ }}<script>alert(1)</script>"
     manager.shared["alice"] = [image("mallory", "work", "1", message=hostile, session_name=hostile)]
     manager.images = [image("alice", "own", "2", save="save-2")]
-    manager.packages["save-2"] = {"packages": [{"name": hostile, "version": hostile, "change": "added", "manager": "pip"}]}
+    manager.packages["save-2"] = {
+        "packages": [{"name": hostile, "version": hostile, "change": "added", "manager": "pip"}]
+    }
     form = await spawner(manager, "alice").get_options_form()
     assert "mallory" in form
     assert "<script>alert" not in form

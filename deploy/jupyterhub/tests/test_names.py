@@ -2,10 +2,24 @@
 
 import jinja2
 import pytest
+
 from jupyterhub_upperdeck import owner_of
 from jupyterhub_upperdeck.text import date, markup, shorten, size
 
-ODD = ["alice", "Alice", "alice@example.com", "alice@example-com", "한글", "a" * 65, "a--b", "a---b", "-a", "a.", "../x", "A"]
+ODD = [
+    "alice",
+    "Alice",
+    "alice@example.com",
+    "alice@example-com",
+    "한글",
+    "a" * 65,
+    "a--b",
+    "a---b",
+    "-a",
+    "a.",
+    "../x",
+    "A",
+]
 
 
 def test_owners_are_repository_components_and_differ() -> None:
@@ -26,7 +40,9 @@ def test_a_name_that_looks_like_a_made_one_is_not_taken_for_it() -> None:
     assert owner_of(made) != made
 
 
-@pytest.mark.parametrize("text", ["{{ 7 * 7 }}", "{% for x in y %}", "{# hidden #}", "<script>alert(1)</script>", '"\'&'])
+@pytest.mark.parametrize(
+    "text", ["{{ 7 * 7 }}", "{% for x in y %}", "{# hidden #}", "<script>alert(1)</script>", "\"'&"]
+)
 def test_markup_is_text_for_a_template_and_for_html(text: str) -> None:
     said = markup(text)
     assert not set(said) & set("{}<>\"'")

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from fake import image
+from tornado import httpserver, netutil, web
+
 from jupyterhub_upperdeck.images import _read
 from jupyterhub_upperdeck.manager import Problem
 from jupyterhub_upperdeck.pull import HarborRobots, secret_key
-from tornado import httpserver, netutil, web
 
 
 class Harbor(web.Application):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from jupyterhub_upperdeck.starting import judge_packages, judge_session
 
 
@@ -40,7 +41,10 @@ def test_an_unknown_list_decides_nothing() -> None:
 def test_a_session_says_why() -> None:
     session = {
         "image": "quay.io/base:1",
-        "unsaved": [{"path": "/home/jovyan", "kind": "nfs4", "data": True}, {"path": "/proc", "kind": "proc", "data": False}],
+        "unsaved": [
+            {"path": "/home/jovyan", "kind": "nfs4", "data": True},
+            {"path": "/proc", "kind": "proc", "data": False},
+        ],
     }
     judged = judge_session(session, packages(), hub_version="6.1.1", home="/home/jovyan")
     assert judged.starts is True

@@ -7,6 +7,7 @@ import { IMainMenu } from '@jupyterlab/mainmenu';
 import { IStatusBar } from '@jupyterlab/statusbar';
 import { ITranslator, nullTranslator } from '@jupyterlab/translation';
 import { saveIcon } from '@jupyterlab/ui-components';
+import { Signal } from '@lumino/signaling';
 
 import { Contents, Refused, Save, contents } from './api';
 import { ask } from './dialog';
@@ -66,6 +67,8 @@ const plugin: JupyterFrontEndPlugin<void> = {
   ) => {
     choose((translator ?? nullTranslator).languageCode, navigator.language);
     const saving = new Saving();
+    const shown = new Signal<Saving, void>(saving);
+    saving.changed.connect(() => shown.emit());
     let spawn = '';
     app.commands.addCommand(COMMAND, {
       label: args => (args.toolbar ? t('saveShort') : t('save')),
@@ -79,7 +82,9 @@ const plugin: JupyterFrontEndPlugin<void> = {
     statusBar?.registerStatusItem('jupyterlab-upperdeck:status', {
       item: new Status(saving),
       align: 'left',
-      rank: 5
+      rank: 5,
+      isActive: () => saving.current !== null,
+      activeStateChanged: shown
     });
     saving.finished.connect((_, save) => announce(save, spawn));
     const button = new CommandToolbarButton({ commands: app.commands, id: COMMAND, args: { toolbar: true } });

@@ -1,4 +1,4 @@
-// The bar in the status bar.
+// The bar in the status bar, which shows it while a save is under way.
 
 import { Widget } from '@lumino/widgets';
 
@@ -14,18 +14,16 @@ export class Status extends Widget {
   constructor(saving: Saving) {
     super();
     this.addClass('jp-upperdeck-status');
-    this.hide();
     const stop = button('×', 'jp-upperdeck-stop', () => void saving.cancel().catch(() => undefined));
     stop.title = t('stop');
     stop.setAttribute('aria-label', t('stop'));
     this.bar.setAttribute('aria-label', t('saveShort'));
     this.node.append(this.text, this.bar, stop);
-    saving.changed.connect((_, save) => this.show_(save));
+    saving.changed.connect((_, save) => this.tell(save));
   }
 
-  private show_(save: Save | null): void {
+  private tell(save: Save | null): void {
     if (save === null) {
-      this.hide();
       return;
     }
     const done = share(save);
@@ -37,6 +35,5 @@ export class Status extends Widget {
     } else {
       this.bar.value = done;
     }
-    this.show();
   }
 }

@@ -1,0 +1,277 @@
+"""The whole loop with its real parts: save in JupyterLab, stop, start from the save; another user; stop and cull."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+
+import pytest
+import requests
+from browser import Browser
+from lab import Lab, until
+from person import PASSWORD, Person, Session
+from selenium.webdriver.common.keys import Keys
+
+from jupyterhub_upperdeck import owner_of
+
+NEEDED = ["podman", "skopeo", "docker-registry", "redis-server", "chromium", "chromedriver", "node", "debootstrap"]
+# A name that is no component of a repository's path.
+BOB = "bob@example.org"
+
+
+def missing() -> str | None:
+    if os.geteuid() != 0:
+        return "only root can run containers and the agent"
+    lacking = [name for name in NEEDED if shutil.which(name) is None]
+    return f"not installed: {', '.join(lacking)}" if lacking else None
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    if reason := missing():
+        pytest.skip(reason)
+    made = Lab()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def browser(lab: Lab) -> Iterator[Browser]:
+    made = Browser(lab.directory / "chromium")
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def alice(lab: Lab) -> Person:
+    return Person(lab, "alice")
+
+
+@pytest.fixture(scope="module")
+def bob(lab: Lab) -> Person:
+    return Person(lab, BOB)
+
+
+class TestLoop:
+    """The tests follow each other: each goes on from where the one before ended."""
+
+    def test_saved_in_lab(self, lab: Lab, browser: Browser) -> None:
+        browser.go(f"{lab.hub}/hub/login")
+        browser.write("#username_input", "alice")
+        browser.write("#password_input", PASSWORD)
+        browser.click("#login_submit")
+        browser.go(f"{lab.hub}/hub/spawn")
+        browser.see("Server Options")
+        browser.shot("01-spawn-page-first")
+        browser.click("#spawn_form button[type=submit]")
+        browser.find("#jp-upperdeck-top button, #jp-upperdeck-top jp-button")
+        session = Session(lab, "alice")
+        assert "a" * 8 not in session.token
+        browser.find(".jp-LauncherCard[data-category=Other], .jp-LauncherCard")
+        browser.shot("02-lab-with-button")
+        # In its terminal, as a user does.
+        browser.click_text(".jp-LauncherCard", "Terminal")
+        browser.click(".jp-Terminal .xterm-screen")
+        # Its prompt; what is written before the shell has begun is lost.
+        browser._until("a prompt", lambda: "$" in browser.run("return document.querySelector('.xterm-rows').innerText"))
+        browser.keys(
+            "pip install --no-index /var/tmp/upperdeck-hub-*/wheels/greeting*.whl && echo kept > ~/note.txt"
+            + Keys.ENTER
+        )
+        until("the package is installed", lambda: "note.txt" in session.shell("ls ~"))
+        browser.shot("03-pip-in-the-terminal")
+        assert session.known()["start"]["starts"] is True
+        browser.click("#jp-upperdeck-top button, #jp-upperdeck-top jp-button")
+        browser.see("What will not be in it")
+        browser.see("This image will start on this hub.")
+        browser.shot("04-dialog")
+        browser.write(".jp-upperdeck-dialog input", "analysis")
+        browser.write(".jp-upperdeck-dialog textarea", "{{ 7 * 7 }} <b>monday</b>")
+        # What the bar shows is kept by the page itself: a save of a small change is over within moments.
+        browser.run(
+            "window.seen = []; const bar = document.querySelector('.jp-upperdeck-status');"
+            "new MutationObserver(() => seen.push([bar.innerText.trim(), bar.querySelector('progress').value]))"
+            ".observe(bar, { subtree: true, childList: true, attributes: true, characterData: true });"
+        )
+        browser.click_text(".jp-Dialog-button", "Save")
+        browser.find(".jp-upperdeck-status progress")
+        browser.shot("05-status-bar")
+        browser.see("Start from it next time.")
+        browser.shot("06-notification")
+        seen = browser.run("return window.seen")
+        assert any("%" in text or "Waiting" in text or "Saving" in text for text, _ in seen), seen
+        browser.click(".lm-TabBar-tab[title='Saved environments'], .lm-TabBar-tab[data-id=jp-upperdeck-panel]")
+        browser.see("My saves")
+        browser.see("{{ 7 * 7 }} <b>monday</b>")
+        browser.shot("07-side-panel")
+        assert browser.errors() == []
+
+    def test_started_from_the_save(self, lab: Lab, browser: Browser, alice: Person) -> None:
+        alice.stop()
+        lab.forget_images()
+        assert lab.podman("ps", "--all", "--quiet") == ""
+        browser.go(f"{lab.hub}/hub/spawn")
+        browser.see("My saved images")
+        # Another's text in the hub's template: it is text.
+        browser.see("{{ 7 * 7 }} <b>monday</b>")
+        browser.see("added: greeting 1.0")
+        browser.shot("08-spawn-page-with-save")
+        browser.click_text("#upperdeck-images label", "analysis")
+        browser.click("#upperdeck_save_on_stop")
+        browser.shot("09-spawn-page-chosen")
+        browser.click("#spawn_form button[type=submit]")
+        browser.find("#jp-upperdeck-top button, #jp-upperdeck-top jp-button")
+        session = Session(lab, "alice")
+        assert session.shell("python3 -c 'import greeting; print(greeting.WORDS)'") == "hello from a package"
+        assert session.shell("cat ~/note.txt") == "kept"
+        browser.find(".jp-DirListing-item[title^='Name: note.txt']")
+        browser.shot("10-lab-from-the-save")
+
+    def test_the_portal_behind_the_hub(self, lab: Lab, browser: Browser) -> None:
+        browser.go(f"{lab.hub}/services/upperdeck/")
+        browser.see("analysis")
+        browser.shot("11-portal")
+        assert browser.errors() == []
+
+    def test_the_session_saves_itself_with_its_own_token(self, lab: Lab) -> None:
+        """The documented request, from within the session, and no right beside it."""
+        session = Session(lab, "alice")
+        session.known()
+        said = session.shell(
+            "python3 - <<'E'\nimport json, os, urllib.request as u\n"
+            'r = u.Request(os.environ["UPPERDECK_SERVICE_URL"] + "session/saves", b\'{"name": "by-request"}\', '
+            '{"Authorization": "token " + os.environ["JUPYTERHUB_API_TOKEN"], "Content-Type": "application/json"})\n'
+            'print(json.load(u.urlopen(r))["name"])\nE'
+        )
+        assert said == "by-request"
+        until("its end", lambda: session.call("GET").json()["save"]["state"] == "succeeded")
+        names = [one["name"] for one in session.call("GET", "session/images").json()["images"]]
+        assert names == ["by-request", "analysis"]
+        for method, where in [
+            ("GET", "api/v1/images"),
+            ("GET", "api/v1/sessions"),
+            ("DELETE", "api/v1/images/analysis/tags/x"),
+            ("POST", "api/v1/saves"),
+        ]:
+            assert session.call(method, where).status_code == 403, where
+        assert session.call("POST", "session/saves", json={"session": "another"}).status_code == 422
+
+    def test_another_user_sees_and_starts_nothing_until_it_is_shared(
+        self, lab: Lab, alice: Person, bob: Person
+    ) -> None:
+        alice.enter_portal()
+        bob.enter_portal()
+        [image] = [one for one in alice.portal("GET", "api/v1/images").json()["images"] if one["name"] == "analysis"]
+        key = next(
+            one["key"] for one in Session(lab, "alice").call("GET", "session/images").json()["images"]
+            if one["name"] == "analysis"
+        )  # fmt: skip
+        digest, tag = image["digest"], image["tags"][0]
+        where = f"api/v1/images/analysis/digests/{digest}"
+        assert bob.portal("GET", "api/v1/images").json()["images"] == []
+        assert "analysis" not in bob.spawn_page()
+        assert bob.request_start(image=key).status_code in (400, 403)
+        for text in (tag["reference"], f"{image['repository']}@{digest}"):
+            refused = bob.request_start(image=text)
+            assert refused.status_code == 400 and "does not offer" in refused.text, refused.text
+        assert bob.portal("GET", where + "?user=alice").status_code in (403, 404)
+        shared = alice.portal("PATCH", where, json={"shared": [owner_of(BOB)]})
+        assert shared.status_code == 200, shared.text
+        assert "Shared with me" in bob.spawn_page()
+        bob.start(image=key, upperdeck_save_on_stop=True)
+        session = Session(lab, BOB)
+        assert session.shell("python3 -c 'import greeting; print(greeting.WORDS)'") == "hello from a package"
+        assert session.known()["owner"] == owner_of(BOB)
+        for method, place, body in [
+            ("PATCH", where, {"description": "mine"}),
+            ("DELETE", f"api/v1/images/analysis/tags/{tag['name']}", None),
+            ("DELETE", where, None),
+            ("POST", f"api/v1/images/analysis/tags/{tag['name']}", {"tag": "mine"}),
+        ]:
+            answer = bob.portal(method, place, json=body)
+            assert answer.status_code in (403, 404), (method, place, answer.text)
+        after = alice.portal("GET", where).json()
+        assert (after["digest"], [one["name"] for one in after["tags"]]) == (digest, [tag["name"]])
+
+    def test_a_notebook_forges_nothing(self, lab: Lab, alice: Person, bob: Person) -> None:
+        mine, theirs = Session(lab, BOB), Session(lab, "alice")
+        victim = theirs.known()["session"]["id"]
+        # Another's session, save and image, with the own token.
+        for body in ({"session": victim}, {"user": "alice"}, {"owner": "alice"}):
+            assert mine.call("POST", "session/saves", json=body).status_code == 422
+        save = theirs.call("GET").json()["save"]["id"]
+        for method, where in [("GET", ""), ("GET", "/events"), ("DELETE", "")]:
+            assert mine.call(method, f"session/saves/{save}{where}").status_code == 404
+        # Headers that a proxy or a portal would set.
+        forged = {
+            "Upperdeck-User": "alice", "X-Forwarded-User": "alice", "Remote-User": "alice",
+            "Cookie": "service-upperdeck=x; jupyterhub-session-id=x", "Upperdeck-Page": "x",
+        }  # fmt: skip
+        service = f"http://127.0.0.1:{lab.service_port}/services/upperdeck/"
+        for base in (f"{lab.hub}/services/upperdeck/", service, f"{lab.manager_url}/"):
+            answer = requests.get(f"{base}api/v1/images", headers=forged, timeout=60)
+            assert answer.status_code == 401, (base, answer.text)
+        # The own token and tokens of its own making, at the manager, whose address a notebook on the host reaches.
+        import jwt
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+        now = int(time.time())
+        claims = {"iss": "jupyterhub-upperdeck", "aud": "upperdeck", "sub": "alice", "iat": now, "exp": now + 60}
+        public = (lab.directory / "hub-keys/jwks.json").read_text()
+        tokens = [
+            mine.token,
+            jwt.encode(claims, Ed25519PrivateKey.generate(), algorithm="EdDSA"),
+            jwt.encode(claims, "", algorithm="none"),
+            jwt.encode(claims, public, algorithm="HS256"),
+        ]
+        for token in tokens:
+            for kind in ("Bearer", "token"):
+                answer = requests.get(
+                    f"{lab.manager_url}/api/v1/me", headers={"Authorization": f"{kind} {token}"}, timeout=60
+                )
+                assert answer.status_code == 401, answer.text
+        # The key is not where a server could read it, and neither are tokens of the service.
+        assert mine.shell(f"cat {lab.directory}/hub-keys/signing-key.pem 2>&1 || true").endswith(
+            "No such file or directory"
+        )
+        environment = mine.shell("env")
+        assert "SIGNING" not in environment and theirs.token not in environment
+        # A token that the user makes: for another's server it has no right, and for the own one no more than that.
+        wanted = {"scopes": ["access:servers!server=alice/", "access:services!service=upperdeck"]}
+        assert bob.api("POST", f"users/{BOB}/tokens", json=wanted).status_code in (400, 403)
+        # The browser's cookie alone, without what only the page knows.
+        assert alice.portal("GET", "api/v1/images", headers={"X-XSRFToken": ""}).status_code == 401
+        assert (
+            alice.portal("POST", "api/v1/saves", headers={"X-XSRFToken": "x"}, json={"session": victim}).status_code
+            == 401
+        )
+        # The owner in the environment is the hub's, whatever the server's user asks for.
+        assert mine.environment["UPPERDECK_OWNER"] == owner_of(BOB)
+
+    def test_the_culler_saves(self, lab: Lab, alice: Person) -> None:
+        """It stops a server by the hub's API, as the idle culler does."""
+        stop = requests.delete(
+            f"{lab.hub}/hub/api/users/alice/server", headers={"Authorization": f"token {lab.culler_token}"}, timeout=60
+        )
+        assert stop.status_code in (202, 204), stop.text
+        until("the stop", alice.stopped)
+        images = alice.portal("GET", "api/v1/images").json()["images"]
+        assert "Saved when the server stopped" in [one.get("message") for one in images]
+        page = alice.spawn_page()
+        assert "Last stop" in page and "Saved as " in page
+
+    def test_a_stop_without_the_registry_ends_within_its_bound(self, lab: Lab, browser: Browser, bob: Person) -> None:
+        (lab.directory / "bound").write_text("6")
+        lab.registry.stop()
+        bob.stop()
+        lab.start_registry()
+        assert lab.podman("ps", "--all", "--quiet") == ""
+        page = bob.spawn_page()
+        assert "Not saved: it took longer than 6 s" in page
+        images = bob.portal("GET", "api/v1/images").json()["images"]
+        assert images == []
+        browser.go(f"{lab.hub}/hub/spawn")
+        browser.see("Last stop")
+        browser.shot("12-spawn-page-after-the-cull")
