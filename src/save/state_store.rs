@@ -273,6 +273,20 @@ impl Store {
     }
 }
 
+/// Returns the number and the total size in bytes of the files in `dir` that were kept for later saves.
+#[cfg(feature = "service")]
+pub(crate) fn size_of(dir: &Path) -> (usize, u64) {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let kept = entries.filter(|entry| {
+        let name = entry.file_name();
+        Path::new(&name)
+            .extension()
+            .is_some_and(|found| found == SUFFIX)
+    });
+    let sizes = kept.filter_map(|entry| entry.metadata().ok());
+    sizes.fold((0, 0), |(count, size), meta| (count + 1, size + meta.len()))
+}
+
 /// Removes a lock file that is not held. A process that takes the lock at this moment notices that the file is gone and
 /// creates another.
 fn remove_unless_held(path: &Path) {

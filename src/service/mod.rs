@@ -2,7 +2,10 @@
 //! node, the manager with its REST API, the portal page, and the preparation and check of an installation (`setup`, `doctor`).
 
 pub mod agent;
+pub(crate) mod connections;
 pub(crate) mod doctor;
+mod exposition;
+mod health;
 pub mod job;
 pub(crate) mod log_limit;
 pub mod manager;

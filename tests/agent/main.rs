@@ -7,6 +7,7 @@ mod support;
 
 mod background;
 mod gate;
+mod health;
 mod jobs;
 mod modes;
 mod node;

@@ -60,13 +60,13 @@ impl Server {
         .map(drop)
     }
 
-    fn kill(&mut self) -> Result<()> {
+    pub fn kill(&mut self) -> Result<()> {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
     }
 
-    async fn again(&mut self) -> Result<()> {
+    pub async fn again(&mut self) -> Result<()> {
         self.child = Self::run(&self.dir)?;
         self.up().await
     }

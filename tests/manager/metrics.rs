@@ -7,6 +7,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use reqwest::Method;
+use tokio_util::sync::CancellationToken;
+use upperdeck::service::agent;
 
 use crate::site::{Outcomes, Site, Who, id, request, session, submit, until};
 use crate::support;
@@ -147,10 +149,44 @@ async fn figures(accept: Option<&str>) -> Result<(String, String), Box<dyn std::
     }
 }
 
+/// Returns `/metrics` of an agent on a node without containers.
+async fn agent_figures() -> Result<String, Box<dyn std::error::Error>> {
+    let dir = tempfile::tempdir()?;
+    let mut options = agent::Options::new("namespace".parse()?);
+    options.spool_dir = dir.path().join("spool");
+    options.state_dir = None;
+    options.roots.docker = vec![dir.path().to_owned()];
+    options.roots.containerd = Vec::new();
+    options.roots.storage = Vec::new();
+    let listener = std::net::TcpListener::bind(("127.0.0.1", 0))?;
+    let at = listener.local_addr()?;
+    options.health = Some(std::sync::Arc::new(listener));
+    let cancel = CancellationToken::new();
+    let running = tokio::spawn(agent::run(
+        options,
+        crate::site::empty_queue(),
+        cancel.clone(),
+    ));
+    let begun = std::time::Instant::now();
+    loop {
+        // The load is measured for a heartbeat.
+        let answer = request(at, Who::Anonymous, Method::GET, "/metrics")?;
+        let text = answer.send().await?.text().await?;
+        if text.contains("{state=\"allowed\"}") || begun.elapsed() > crate::site::PATIENCE {
+            cancel.cancel();
+            running.await??;
+            return Ok(text);
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+}
+
 #[tokio::test]
 async fn alerts_dashboard_and_documents_name_what_is_there() -> Outcomes {
     let (_, text) = figures(None).await?;
-    let series = series(&text);
+    let of_agent = agent_figures().await?;
+    let mut series = series(&text);
+    series.extend(self::series(&of_agent));
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut wrong = Vec::new();
     for (file, least) in [
@@ -183,6 +219,7 @@ async fn promtool_accepts_metrics_and_rules() -> Outcomes {
     let (kind, text) = figures(None).await?;
     assert_eq!(kind, CLASSIC);
     promtool(&["check", "metrics"], &text)?;
+    promtool(&["check", "metrics"], &agent_figures().await?)?;
     promtool(&["check", "rules", "rules.yml"], "")?;
     promtool(&["test", "rules", "rules-test.yml"], "")
 }

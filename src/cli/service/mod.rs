@@ -31,6 +31,7 @@ pub(super) fn run(verb: Verb, roots: &Roots, verbose: bool) -> anyhow::Result<()
 /// Returns the confinement role of a verb's process, or `None` for verbs that read no untrusted input.
 pub(super) fn role(verb: &Verb) -> Option<Role> {
     match verb {
+        Verb::Agent(args) if args.health_listen.is_some() => Some(Role::ServingAgent),
         Verb::Agent(_) => Some(Role::Agent),
         Verb::Up(_) => Some(Role::Up),
         Verb::Manager(args) if verbs::reads_files_of_others(args) => Some(Role::PrivilegedManager),

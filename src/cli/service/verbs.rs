@@ -1,8 +1,9 @@
 //! `manager`, `agent` and `up`: starts the service from its settings.
 
 use std::io::Write;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -184,13 +185,21 @@ pub(super) fn agent(roots: Roots, args: service::Agent) -> anyhow::Result<()> {
             .map_err(|error| Usage(format!("--allow: {error}")))
     });
     let allowed = allowed.collect::<Result<_, _>>()?;
-    let options = agent_options(roots, args.work, &args.push, &owner, allowed)?;
+    let mut options = agent_options(roots, args.work, &args.push, &owner, allowed)?;
+    options.health = args.health_listen.map(listen).transpose()?;
     serve(async |cancel| {
         let queue = redis(&args.queue, Some(&options.node))
             .await?
             .ok_or_else(|| missing("redis", "an agent needs a queue"))?;
         Ok(agent::run(options, queue, cancel).await?)
     })
+}
+
+/// Listens on an address for the health of an agent.
+fn listen(address: SocketAddr) -> anyhow::Result<Arc<TcpListener>> {
+    let bound = TcpListener::bind(address);
+    let bound = bound.with_context(|| format!("--health-listen: cannot listen on {address}"))?;
+    Ok(Arc::new(bound))
 }
 
 pub(super) fn manager(args: &service::Manager) -> anyhow::Result<()> {

@@ -149,7 +149,7 @@ pub(crate) fn required_capabilities(role: Role) -> &'static [RequiredCapability]
     match role {
         Role::Inspect => INSPECT,
         Role::Layer => LAYER,
-        Role::Commit | Role::Agent => COMMIT,
+        Role::Commit | Role::Agent | Role::ServingAgent => COMMIT,
         Role::Up => UP,
         Role::Manager => MANAGER,
         Role::PrivilegedManager => PRIVILEGED_MANAGER,
@@ -204,7 +204,7 @@ pub(super) fn retain(role: Role) -> io::Result<()> {
     }
     let had = capabilities(None)?;
     let in_effect = match role {
-        Role::Agent => union(AGENT_EFFECTIVE),
+        Role::Agent | Role::ServingAgent => union(AGENT_EFFECTIVE),
         _ => kept,
     };
     set_capabilities(

@@ -36,6 +36,8 @@ pub(crate) enum Role {
     Commit,
     /// `agent`: starts builders.
     Agent,
+    /// An `agent` that serves its health.
+    ServingAgent,
     /// `up`: an agent and a manager.
     Up,
     /// `manager`: serves the API.
@@ -49,11 +51,12 @@ pub(crate) enum Role {
 impl Role {
     /// All roles, with the names of their verbs.
     #[cfg(test)]
-    pub(crate) const ALL: [(Self, &'static str); 8] = [
+    pub(crate) const ALL: [(Self, &'static str); 9] = [
         (Self::Inspect, "inspect"),
         (Self::Layer, "layer"),
         (Self::Commit, "commit"),
         (Self::Agent, "agent"),
+        (Self::ServingAgent, "agent, with its health"),
         (Self::Up, "up"),
         (Self::Manager, "manager"),
         (Self::PrivilegedManager, "manager, of others' files"),

@@ -86,7 +86,7 @@ const ALWAYS_DENIED: &[c_long] = &[
 ];
 /// Only an agent executes programs.
 const EXEC_CALLS: &[c_long] = &[libc::SYS_execve, libc::SYS_execveat];
-/// Only a manager accepts connections.
+/// Only a manager, and an agent that serves its health, accept connections.
 const LISTEN_CALLS: &[c_long] = &[libc::SYS_listen, libc::SYS_accept, libc::SYS_accept4];
 /// A watchdog communicates only through its pipes.
 const SOCKET_CALLS: &[c_long] = &[libc::SYS_socket, libc::SYS_connect, libc::SYS_bind];
@@ -130,10 +130,13 @@ fn condition(
 /// Returns the calls that fail with `EPERM`.
 fn rules(role: Role) -> Result<Rules, seccompiler::BackendError> {
     let mut denied: Vec<c_long> = ALWAYS_DENIED.to_vec();
-    if !matches!(role, Role::Agent | Role::Up) {
+    if !matches!(role, Role::Agent | Role::ServingAgent | Role::Up) {
         denied.extend(EXEC_CALLS);
     }
-    if !matches!(role, Role::Manager | Role::PrivilegedManager | Role::Up) {
+    if !matches!(
+        role,
+        Role::Manager | Role::PrivilegedManager | Role::ServingAgent | Role::Up
+    ) {
         denied.extend(LISTEN_CALLS);
     }
     if role == Role::Watchdog {

@@ -57,6 +57,12 @@ impl Inventory {
         (state.sessions.clone(), state.problems.clone())
     }
 
+    /// Returns the numbers of sessions and of problems.
+    pub(super) fn counts(&self) -> (usize, usize) {
+        let state = self.state();
+        (state.sessions.len(), state.problems.len())
+    }
+
     /// Lists the sessions again. Reads the state of the runtimes and `/proc`, but no trees.
     pub(super) fn refresh(&self, options: &Options) {
         let listing = container::list(&options.roots);

@@ -3,6 +3,7 @@
 
 mod child;
 mod final_event;
+mod health;
 mod inventory;
 mod kind;
 mod load;
@@ -52,6 +53,9 @@ pub enum Error {
     /// An option has an invalid value.
     #[error("{0}")]
     Options(String),
+    /// The address for its health cannot be used.
+    #[error("cannot listen for health and metrics: {0}")]
+    Listen(std::io::Error),
     /// Another agent uses the same spool.
     #[error(
         "another agent of this node uses {path}: end it first, or give this one a spool of its own"
@@ -97,6 +101,8 @@ struct Agent {
     listed: CancellationToken,
     /// Set once the queue has taken a heartbeat.
     heard: CancellationToken,
+    findings: health::Findings,
+    metrics: health::Metrics,
 }
 
 /// A job that is being worked on.
@@ -130,10 +136,19 @@ pub async fn run(options: Options, queue: Queue, cancel: CancellationToken) -> R
         running: Mutex::default(),
         listed: CancellationToken::new(),
         heard: CancellationToken::new(),
+        findings: health::Findings::default(),
+        metrics: health::Metrics::new(&options.node),
         options,
         queue,
         cancel,
     });
+    let over = CancellationToken::new();
+    // It goes on while running saves are finished.
+    let _over = over.clone().drop_guard();
+    if let Some(listener) = agent.options.health.clone() {
+        let serving = health::serve(Arc::clone(&agent), &listener, over);
+        tokio::spawn(serving.map_err(Error::Listen)?);
+    }
     // Before the first claim, because a child of a predecessor must not run at the same time as its successor.
     agent.end_leftovers().await;
     let heartbeat_task = tokio::spawn(Arc::clone(&agent).heartbeat_loop());
@@ -351,9 +366,12 @@ impl Agent {
             let changed = told
                 .as_ref()
                 .is_none_or(|(last, at)| *last != sessions || at.elapsed() >= SESSIONS_EVERY);
+            let begun = Instant::now();
             let sent = self
                 .send_heartbeat(self.cancel.is_cancelled(), changed)
                 .await;
+            self.findings.heartbeat(sent.is_ok());
+            self.metrics.heartbeat(begun.elapsed());
             match &sent {
                 Ok(()) => {
                     self.heard.cancel();
@@ -389,6 +407,13 @@ impl Agent {
         problems.splice(0..0, self.stuck.problems());
         let mut running: Vec<JobId> = self.running().keys().copied().collect();
         running.sort_unstable();
+        let load = Load {
+            background: self.options.background.is_some(),
+            hurry: self.options.may_hurry(),
+            ..load::to_load(&self.measure(), self.bounds())
+        };
+        let stuck = self.stuck.count();
+        self.metrics.load(&load, self.options.slots, stuck);
         let node = Node {
             name: self.options.node.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -396,11 +421,7 @@ impl Agent {
             at_ms: now_ms(),
             draining,
             running,
-            load: Load {
-                background: self.options.background.is_some(),
-                hurry: self.options.may_hurry(),
-                ..load::to_load(&self.measure(), self.bounds())
-            },
+            load,
             problems,
         };
         let sessions = with_sessions.then_some(sessions.as_slice());
@@ -418,6 +439,7 @@ impl Agent {
             let agent = Arc::clone(&self);
             let looked = tokio::task::spawn_blocking(move || {
                 agent.inventory.refresh(&agent.options);
+                health::look(&agent);
                 agent.spool.tidy(now_ms());
             });
             if looked.await.is_err() {

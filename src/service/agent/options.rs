@@ -1,8 +1,10 @@
 //! The configuration of a node's agent.
 
 use std::fmt;
+use std::net::TcpListener;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::node::background::DEFAULT_FLOOR_PERCENT;
@@ -64,6 +66,8 @@ pub struct Options {
     pub allow_hurry: bool,
     /// The most memory that a child may take, in bytes; none: no bound.
     pub memory: Option<u64>,
+    /// The socket on which health and metrics are served, already bound; `None` for none.
+    pub health: Option<Arc<TcpListener>>,
     /// Further flags of `commit` for every job, chosen by the administrator: caps, `--pause`, `--include-caches`.
     pub flags: Vec<String>,
 }
@@ -130,6 +134,7 @@ impl Options {
             background: Some(DEFAULT_FLOOR_PERCENT),
             allow_hurry: false,
             memory: Some(MEMORY),
+            health: None,
             flags: Vec::new(),
         }
     }

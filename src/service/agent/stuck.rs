@@ -50,6 +50,11 @@ impl StuckProcesses {
         self.all().get(session)?.first().map(|process| process.pid)
     }
 
+    /// Returns the number of processes that are stuck.
+    pub(super) fn count(&self) -> usize {
+        self.all().values().map(Vec::len).sum()
+    }
+
     /// Returns a sentence per session for the administrator of the node.
     pub(super) fn problems(&self) -> Vec<String> {
         let all = self.all();

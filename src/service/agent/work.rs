@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::Agent;
 use super::child::{self, Child};
 use super::final_event::FinalEvent;
+use super::health::End;
 use super::kind;
 use super::metadata::{read_packages, read_saved};
 use super::refusal::{Refusal, event_for_users, refusal_of, too_much_memory};
@@ -68,6 +69,7 @@ pub(super) async fn work(agent: Arc<Agent>, claim: Claim, lost: CancellationToke
     let update = match end {
         AttemptEnd::ClaimLost => {
             tracing::info!(job.id = %order.job, "the claim is lost: nothing is said about it");
+            agent.metrics.ended(End::ClaimLost);
             return;
         }
         AttemptEnd::GivenBack(reason) => Update::GivenBack {
@@ -85,6 +87,7 @@ pub(super) async fn work(agent: Arc<Agent>, claim: Claim, lost: CancellationToke
         AttemptEnd::Known(outcome) => Update::Ended { outcome },
     };
     tracing::info!(job.id = %order.job, job.attempt = order.attempt, said = ?update, "a job has ended");
+    agent.metrics.ended(End::Said(&update));
     let hold = reporter.complete(update, &agent.drain_over).await;
     if hold == ClaimState::Lost {
         tracing::warn!(job.id = %order.job, "the end of the job could not be reported: the claim is lost");
@@ -425,6 +428,9 @@ async fn follow(
                     if let Event::Ready { replaces } = event {
                         asking = Some((Instant::now(), replaces));
                         ask.reset_immediately();
+                    }
+                    if let Event::Paused { pause_ms } = event {
+                        agent.metrics.paused(pause_ms);
                     }
                     if final_event.read(&event) {
                         exit_deadline.as_mut().reset(tokio::time::Instant::now() + END_TIMEOUT);

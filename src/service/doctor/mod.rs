@@ -204,6 +204,19 @@ fn settings(options: &Options) -> Vec<Finding> {
     options.missing.iter().map(failed).collect()
 }
 
+/// Returns what keeps an agent from saving: directories of runtimes that cannot be read, capabilities and process numbers
+/// that are missing. `live` is whether containers are saved while they run on, which needs more rights. Nothing is tried
+/// out or connected to, so this can be repeated every few seconds.
+pub(crate) fn obstacles(roots: &Roots, live: bool) -> Vec<Finding> {
+    let mut found = runtimes::unreadable(roots);
+    let mut rights = rights::of_agent(live);
+    if live {
+        rights.push(runtimes::proc_of_agent(roots));
+    }
+    found.extend(rights.into_iter().filter(|f| f.state == State::Failed));
+    found
+}
+
 /// Runs all checks for the role and returns their findings.
 pub(crate) fn run(options: &Options) -> Report {
     report(options, checks(options))

@@ -16,6 +16,19 @@ pub(super) fn check(options: &Options) -> Vec<Finding> {
     }
 }
 
+/// Checks the capabilities of an agent. SYS_PTRACE is needed for containers that are saved while they run on (`live`).
+pub(super) fn of_agent(live: bool) -> Vec<Finding> {
+    let Ok(sets) = confine::of_this_thread() else {
+        return Vec::new();
+    };
+    let given = if live {
+        CapabilitySet::empty()
+    } else {
+        CapabilitySet::SYS_PTRACE
+    };
+    judge(sets.permitted | given, true, Purpose::Agent)
+}
+
 fn judge(permitted: CapabilitySet, root: bool, purpose: Purpose) -> Vec<Finding> {
     if purpose == Purpose::Manager {
         return vec![if root {

@@ -81,6 +81,16 @@ pub(super) fn check(options: &Options) -> Vec<Finding> {
     found
 }
 
+/// Returns the directories that cannot be read, or that there are none.
+pub(super) fn unreadable(roots: &Roots) -> Vec<Finding> {
+    let found = judge(&places(roots), &BTreeSet::new());
+    let is_good = |finding: &Finding| finding.state == super::State::Ok;
+    found
+        .into_iter()
+        .filter(|finding| !is_good(finding))
+        .collect()
+}
+
 fn judge(places: &[Place], running: &BTreeSet<&'static str>) -> Vec<Finding> {
     let mut found = Vec::new();
     let mut seen = BTreeSet::new();
@@ -145,18 +155,26 @@ fn judge_listing(containers: usize, problems: &[String]) -> Finding {
 }
 
 pub(super) fn proc_check(options: &Options) -> Vec<Finding> {
-    let proc = options
-        .roots
+    vec![proc_of(&options.roots, options.purpose)]
+}
+
+/// Checks whether an agent sees the processes of its node.
+pub(super) fn proc_of_agent(roots: &Roots) -> Finding {
+    proc_of(roots, Purpose::Agent)
+}
+
+fn proc_of(roots: &Roots, purpose: Purpose) -> Finding {
+    let proc = roots
         .host_root
         .as_ref()
         .map_or_else(|| PathBuf::from("/proc"), |root| root.join("proc"));
     let own = fs::read_link("/proc/self/ns/pid").map(|link| link.display().to_string());
-    vec![judge_proc(
+    judge_proc(
         own.unwrap_or_default() == FIRST_NAMESPACE,
         proc.join("1/status").exists(),
-        options.roots.host_root.is_some(),
-        options.purpose,
-    )]
+        roots.host_root.is_some(),
+        purpose,
+    )
 }
 
 fn judge_proc(first: bool, readable: bool, host_root: bool, purpose: Purpose) -> Finding {

@@ -19,12 +19,12 @@ use tokio::sync::{Notify, broadcast};
 
 use super::App;
 use super::auth::Caller;
-use super::connections::CountGuard;
 use super::extract::Path;
 use super::refusal::Refusal;
 use super::saves::get;
 use super::standing::{Standing, standings};
 use super::views::shown;
+use crate::service::connections::CountGuard;
 use crate::service::job::{JobId, State};
 use crate::service::record::{self, Progress, Record, Save, SaveVersion};
 

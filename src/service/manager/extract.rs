@@ -12,10 +12,10 @@ use axum::http::request::Parts;
 use serde::de::DeserializeOwned;
 
 use super::auth::Caller;
-use super::connections::{CountGuard, Peer};
 use super::options::Rate;
 use super::refusal::Refusal;
 use super::{App, Inner};
+use crate::service::connections::{CountGuard, Peer};
 use crate::service::job::JobId;
 
 /// Maximum number of callers whose request rates are remembered. Beyond it, callers without recent requests are

@@ -12,7 +12,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
-use super::connections::Closed;
+use crate::service::connections::Closed;
 use crate::service::job::{Code, State};
 use crate::service::queue::Depth;
 use crate::service::record::Save;

@@ -7,12 +7,10 @@
 pub mod api;
 pub mod auth;
 mod conditional;
-mod connections;
 mod cors;
 mod describe;
 mod docs;
 mod events;
-mod exposition;
 mod extract;
 mod feed;
 mod hurry;
@@ -57,14 +55,14 @@ use crate::service::queue::{self, Queue};
 use crate::service::ready;
 use crate::service::record::{self, Policy, Record};
 
-use self::connections::Bound;
+use crate::service::connections::{self, Bound};
 
-pub use self::connections::{ConnectionLimits, raise_open_files};
 pub use self::cors::WebOrigin;
 pub use self::mail::{Encryption, Mail, MailError, SmtpServer};
 pub use self::options::{Listen, Options, Rate, check_sender, check_start_url, check_webhook};
 pub use self::routes::description;
 pub use self::webhooks::{Secrets, Webhooks};
+pub use crate::service::connections::{ConnectionLimits, raise_open_files};
 
 /// Why a manager cannot start, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -271,6 +269,24 @@ impl Server {
         app.cancel.cancel();
         let _ = tokio::time::timeout(app.options.grace, work).await;
         Ok(())
+    }
+}
+
+impl connections::Served for App {
+    fn connections(&self) -> &connections::ConnectionTable {
+        &self.0.connections
+    }
+
+    fn cancel(&self) -> &CancellationToken {
+        &self.0.cancel
+    }
+
+    fn counted(&self, open: usize) {
+        self.0.metrics.connections(open);
+    }
+
+    fn closed(&self, why: connections::Closed) {
+        self.0.metrics.closed(why);
     }
 }
 

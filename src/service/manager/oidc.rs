@@ -11,10 +11,10 @@ use axum::response::{IntoResponse as _, Response};
 use super::App;
 use super::api::{SignInAnswer, SignInBegun, SignedIn};
 use super::auth::{Answer, Authenticator, FLOW_S, Failed, Provider};
-use super::connections::Peer;
 use super::extract::Body;
 use super::refusal::Refusal;
 use super::signin::{Terms, establish, set_cookie};
+use crate::service::connections::Peer;
 use crate::service::job::now_ms;
 
 fn provider(app: &App) -> Result<&Provider, Refusal> {

@@ -8,11 +8,11 @@ use std::time::Duration;
 use reqwest::Url;
 
 use super::auth::{Addresses, Groups, Jwt, Oidc, Proxies, Tokens};
-use super::connections::ConnectionLimits;
 use super::cors::WebOrigin;
 use super::mail::Mail;
 use super::target::Template;
 use super::webhooks::Webhooks;
+use crate::service::connections::ConnectionLimits;
 use crate::store::registry::Access;
 
 /// Address on which a manager listens.

@@ -14,10 +14,10 @@ use axum::response::{IntoResponse as _, Response};
 use super::App;
 use super::api::{SignIn as Asked, SignInWays, SignedIn, SignedOut};
 use super::auth::{Bearer, Cookie, Role, as_text, digest, open, seal, secret};
-use super::connections::Peer;
 use super::extract::Body;
 use super::refusal::Refusal;
 use super::time::rfc3339;
+use crate::service::connections::Peer;
 use crate::service::job::now_ms;
 use crate::service::record::SignIn;
 

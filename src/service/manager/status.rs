@@ -2,16 +2,16 @@
 
 use axum::Json;
 use axum::extract::State as Extracted;
-use axum::http::{HeaderMap, StatusCode, header};
-use axum::response::{IntoResponse as _, Response};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::Response;
 use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 
 use super::App;
-use super::api::{Health, Me, Version};
+use super::api::{Me, Version};
 use super::auth::Caller;
-use super::exposition::classic;
 use super::refusal::Refusal;
+use crate::service::health::{self, Health};
 
 /// Version of the API, as in its paths.
 const API: &str = "v1";
@@ -75,13 +75,7 @@ pub(super) async fn readyz(Extracted(app): Extracted<App>) -> (StatusCode, Json<
     if app.cancel.is_cancelled() {
         missing.push("manager: it is about to end".to_owned());
     }
-    let ready = missing.is_empty();
-    let status = if ready {
-        StatusCode::OK
-    } else {
-        StatusCode::SERVICE_UNAVAILABLE
-    };
-    (status, Json(Health { ready, missing }))
+    Health::answer(missing)
 }
 
 /// The latest result of the readiness check. The endpoint needs no authentication, so the record and the queue are
@@ -148,18 +142,5 @@ async fn look(app: &App) -> Vec<String> {
     ))
 )]
 pub(super) async fn metrics(Extracted(app): Extracted<App>, headers: HeaderMap) -> Response {
-    let accepted = headers.get_all(header::ACCEPT).iter();
-    let open = accepted
-        .filter_map(|value| value.to_str().ok())
-        .any(|value| value.contains("application/openmetrics-text"));
-    let text = app.metrics.text();
-    let (kind, text) = if open {
-        (
-            "application/openmetrics-text; version=1.0.0; charset=utf-8",
-            text,
-        )
-    } else {
-        ("text/plain; version=0.0.4; charset=utf-8", classic(&text))
-    };
-    ([(header::CONTENT_TYPE, kind)], text).into_response()
+    health::metrics(&headers, app.metrics.text())
 }

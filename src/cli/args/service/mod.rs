@@ -11,6 +11,7 @@ mod doctor;
 mod job;
 mod mail;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -357,6 +358,9 @@ pub(in crate::cli) struct Agent {
     /// Permitted destination of images: HOST[:PORT][/PROJECT] or oci:/DIRECTORY; may be repeated
     #[arg(long, value_name = "PREFIX", help_heading = WORK)]
     pub(in crate::cli) allow: Vec<String>,
+    /// Serve /healthz, /readyz and /metrics on this address, e.g. 127.0.0.1:8788, without authentication [default: none]
+    #[arg(long, value_name = "IP:PORT", help_heading = WORK)]
+    pub(in crate::cli) health_listen: Option<SocketAddr>,
     #[command(flatten)]
     pub(in crate::cli) work: Work,
     #[command(flatten)]

@@ -348,15 +348,6 @@ pub(crate) struct Version {
     pub(crate) api: String,
 }
 
-/// `/readyz` and `/healthz`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub(crate) struct Health {
-    /// Whether the manager serves requests.
-    pub(crate) ready: bool,
-    /// Missing parts, `record` or `queue`, each with a reason.
-    pub(crate) missing: Vec<String>,
-}
-
 /// Progress of a save.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Progress {

@@ -21,11 +21,12 @@ use axum::http::{HeaderMap, HeaderName, header};
 use serde_json::Value;
 use subtle::ConstantTimeEq as _;
 
+pub use crate::service::connections::Range;
 pub use claims::{Claims, Groups};
 pub use email::Addresses;
 pub use jwt::{Jwt, Keys};
 pub use oidc::Oidc;
-pub use proxy::{Proxies, Range};
+pub use proxy::Proxies;
 pub use tokens::{Role, Tokens};
 
 use claims::Identity;
@@ -73,10 +74,8 @@ pub enum AuthError {
     #[error("sign-in with an identity provider: {0}")]
     Oidc(String),
     /// The text is not an address range.
-    #[error(
-        "{0:?} is not an address range: write ADDRESS or ADDRESS/BITS, or unix for those on a socket file"
-    )]
-    Range(String),
+    #[error(transparent)]
+    Range(#[from] crate::service::connections::RangeError),
     /// The text is not the name of a header.
     #[error("{0:?} is not the name of a header")]
     Header(String),

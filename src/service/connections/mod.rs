@@ -1,10 +1,11 @@
-//! Connection limits of a manager: how many connections there are in total and per peer, and how long each may stay
+//! Connections of a manager, and of an agent that tells its health, and their limits: how many connections there are in total and per peer, and how long each may stay
 //! open without sending a request. All of this is decided before a request is parsed.
 //!
 //! Every connection has a [`Slot`]. If all slots of a peer (or all slots) are taken, a new connection replaces the one
 //! that has waited longest without a complete request, or with a response that it does not read. So a peer that only
 //! holds connections open loses them, while one that sends requests is served.
 
+mod range;
 mod serve;
 mod slot;
 
@@ -13,9 +14,8 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::auth::Range;
-
-pub(super) use self::serve::{Bound, serve};
+pub use self::range::{Range, RangeError};
+pub(super) use self::serve::{Bound, Served, serve};
 pub(super) use self::slot::Slot;
 
 /// File descriptors reserved for the record, the queue, registries and files.

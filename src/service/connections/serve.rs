@@ -16,10 +16,10 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 use super::slot::{RequestBody, ResponseBody, TrackedStream};
-use super::{Closed, Peer, Slot};
-use crate::service::manager::App;
+use super::{Closed, ConnectionTable, Peer, Slot};
 
 /// Maximum size in bytes of a request's head, and of the read and write buffers.
 const BUFFER: usize = 64 << 10;
@@ -31,6 +31,18 @@ const BACKOFF: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 /// Minimum interval between two log lines about such errors.
 const LOG_INTERVAL: Duration = Duration::from_secs(300);
+
+/// The server that connections belong to. Clones refer to the same server.
+pub(in super::super) trait Served: Clone + Send + Sync + 'static {
+    /// Returns the slots of its connections.
+    fn connections(&self) -> &ConnectionTable;
+    /// Returns what is set when the server has to end.
+    fn cancel(&self) -> &CancellationToken;
+    /// Is told now and then how many connections are open.
+    fn counted(&self, _open: usize) {}
+    /// Is told that a connection was broken off or refused.
+    fn closed(&self, _why: Closed) {}
+}
 
 /// The listening socket.
 pub(in super::super) enum Bound {
@@ -94,19 +106,19 @@ impl AcceptBackoff {
     }
 }
 
-/// Serves until the manager ends, and then until requests in progress have been answered.
-pub(in super::super) async fn serve(bound: Bound, router: Router, app: App) {
+/// Serves until the server ends, and then until requests in progress have been answered.
+pub(in super::super) async fn serve(bound: Bound, router: Router, server: impl Served) {
     let mut connections = JoinSet::new();
     let mut clock = tokio::time::interval(SWEEP);
     clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut backoff = AcceptBackoff::default();
     loop {
         let accepted = tokio::select! {
-            () = app.cancel.cancelled() => break,
+            () = server.cancel().cancelled() => break,
             _ = clock.tick() => {
-                app.connections.sweep(Instant::now());
+                server.connections().sweep(Instant::now());
                 while connections.try_join_next().is_some() {}
-                app.metrics.connections(app.connections.count());
+                server.counted(server.connections().count());
                 continue;
             }
             accepted = async {
@@ -121,18 +133,18 @@ pub(in super::super) async fn serve(bound: Bound, router: Router, app: App) {
             Err(error) if is_peer_error(&error) => continue,
             Err(error) => {
                 // Closing a waiting connection frees a descriptor for one with a request.
-                app.connections.evict_one();
+                server.connections().evict_one();
                 backoff.failed(&error);
                 continue;
             }
         };
         backoff.succeeded();
-        let Some(slot) = app.connections.admit(peer) else {
-            app.metrics.closed(Closed::Full);
+        let Some(slot) = server.connections().admit(peer) else {
+            server.closed(Closed::Full);
             continue;
         };
         connections.spawn(handle_connection(
-            app.clone(),
+            server.clone(),
             router.clone(),
             slot,
             stream,
@@ -150,14 +162,14 @@ pub(in super::super) async fn serve(bound: Bound, router: Router, app: App) {
     while !connections.is_empty() {
         tokio::select! {
             _ = connections.join_next() => {}
-            _ = clock.tick() => app.connections.sweep(Instant::now()),
+            _ = clock.tick() => server.connections().sweep(Instant::now()),
         }
     }
 }
 
 /// Serves one connection until it ends.
 async fn handle_connection(
-    app: App,
+    server: impl Served,
     router: Router,
     slot: Arc<Slot>,
     stream: Box<dyn Stream>,
@@ -190,14 +202,14 @@ async fn handle_connection(
             // An aborted connection or a malformed request is the peer's fault and needs no handling.
             _ = connection.as_mut() => break,
             () = slot.closed() => break,
-            () = app.cancel.cancelled(), if !ending => {
+            () = server.cancel().cancelled(), if !ending => {
                 ending = true;
                 connection.as_mut().graceful_shutdown();
             }
         }
     }
     if let Some(why) = slot.ended() {
-        app.metrics.closed(why);
+        server.closed(why);
     }
-    app.connections.leave(&slot);
+    server.connections().leave(&slot);
 }
