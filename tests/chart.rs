@@ -1,0 +1,399 @@
+//! The Helm chart and the manifests rendered from it: what is documented is what there is, what is rendered is understood
+//! by the program, and what an agent may do is what it needs.
+
+#[path = "support/mod.rs"]
+#[allow(dead_code, reason = "other tests use the rest of it")]
+mod support;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
+
+const IMAGE: &str = "image.repository=registry.example.org/upperdeck";
+const TARGET: &str = "target=registry.example.org/sessions/{user}/{name}:{tag}";
+const PRESETS: [(&str, &[&str]); 5] = [
+    ("kubeadm", &["/var/lib/containerd", "/run/containerd"]),
+    ("erofs", &["/var/lib/containerd", "/run/containerd"]),
+    (
+        "k3s",
+        &[
+            "/var/lib/rancher/k3s/agent/containerd",
+            "/run/k3s/containerd",
+        ],
+    ),
+    (
+        "rke2",
+        &[
+            "/var/lib/rancher/rke2/agent/containerd",
+            "/run/k3s/containerd",
+        ],
+    ),
+    (
+        "crio",
+        &["/var/lib/containers/storage", "/run/containers/storage"],
+    ),
+];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn read(path: &str) -> Fallible<String> {
+    Ok(fs::read_to_string(root().join(path))?)
+}
+
+/// Returns helm, which `tests/run` does not install: it is built from source, which takes minutes.
+fn helm() -> Option<PathBuf> {
+    let kept = PathBuf::from("/var/tmp/upperdeck-tools/helm");
+    let found = support::find_program("helm").or_else(|| kept.is_file().then_some(kept));
+    if found.is_none() {
+        support::ignore("no helm");
+    }
+    found
+}
+
+fn template(helm: &Path, set: &[&str]) -> std::io::Result<Output> {
+    let mut command = Command::new(helm);
+    command.args(["template", "upperdeck", "deploy/helm/upperdeck"]);
+    command.args(["--namespace", "upperdeck", "--kube-version", "1.31.0"]);
+    for value in set {
+        command.args(["--set", value]);
+    }
+    command.current_dir(root()).output()
+}
+
+/// Returns the objects of a rendered chart by kind and name.
+fn objects(text: &str) -> Fallible<BTreeMap<(String, String), Value>> {
+    let mut all = BTreeMap::new();
+    for document in text.split("\n---\n") {
+        let Some(object) = serde_yaml_ng::from_str::<Option<Value>>(document)? else {
+            continue;
+        };
+        let name = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let key = (name(&object["kind"]), name(&object["metadata"]["name"]));
+        assert!(all.insert(key.clone(), object).is_none(), "{key:?} twice");
+    }
+    Ok(all)
+}
+
+fn rendered(helm: &Path, set: &[&str]) -> Fallible<BTreeMap<(String, String), Value>> {
+    let output = template(helm, set)?;
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{set:?}: {told}");
+    objects(&format!("\n{}", String::from_utf8(output.stdout)?))
+}
+
+fn object<'a>(
+    all: &'a BTreeMap<(String, String), Value>,
+    kind: &str,
+    name: &str,
+) -> Fallible<&'a Value> {
+    let key = (kind.to_owned(), name.to_owned());
+    all.get(&key)
+        .ok_or_else(|| format!("no {kind} {name}").into())
+}
+
+/// Adds the values below `path` that are not groups of others, according to the schema.
+fn leaves(path: &str, schema: &Value, value: &Value, found: &mut BTreeMap<String, Value>) {
+    let (Some(properties), Some(values)) = (schema["properties"].as_object(), value.as_object())
+    else {
+        found.insert(path.to_owned(), value.clone());
+        return;
+    };
+    assert_eq!(schema["additionalProperties"], false, "{path}");
+    for (name, value) in values {
+        let path = [path, name].join(".");
+        let path = path.trim_start_matches('.');
+        let schema = &properties.get(name).unwrap_or(&Value::Null);
+        assert!(!schema.is_null(), "{path} is not in the schema");
+        leaves(path, schema, value, found);
+    }
+    let unknown: Vec<_> = properties
+        .keys()
+        .filter(|name| !values.contains_key(*name) && *name != "global")
+        .collect();
+    assert!(unknown.is_empty(), "in the schema only: {path} {unknown:?}");
+}
+
+#[test]
+fn every_value_is_described_with_its_default() -> Outcome {
+    let values: Value = serde_yaml_ng::from_str(&read("deploy/helm/upperdeck/values.yaml")?)?;
+    let schema: Value = serde_json::from_str(&read("deploy/helm/upperdeck/values.schema.json")?)?;
+    let mut expected = BTreeMap::new();
+    leaves("", &schema, &values, &mut expected);
+    assert!(expected.len() > 60, "{}", expected.len());
+    let readme = read("deploy/helm/upperdeck/README.md")?;
+    let mut described = BTreeMap::new();
+    for line in readme.lines().filter(|line| line.starts_with("| `")) {
+        let cells: Vec<&str> = line.split(" | ").collect();
+        let [name, default, what] = cells[..] else {
+            return Err(format!("three cells: {line}").into());
+        };
+        assert!(what.len() > 5, "{line}");
+        let name = name.trim_start_matches("| ").trim_matches('`').to_owned();
+        let default = serde_yaml_ng::from_str::<Value>(default.trim_matches('`'))?;
+        assert!(described.insert(name, default).is_none(), "{line}");
+    }
+    assert_eq!(described, expected);
+    let checked = boon_schema(&schema, &values);
+    assert!(checked.is_ok(), "{checked:?}");
+    Ok(())
+}
+
+/// Returns whether `value` is valid.
+fn boon_schema(schema: &Value, value: &Value) -> Result<(), String> {
+    let (mut schemas, mut compiler) = (boon::Schemas::new(), boon::Compiler::new());
+    let wrong = |error: boon::CompileError| error.to_string();
+    compiler
+        .add_resource("values.json", schema.clone())
+        .map_err(wrong)?;
+    let index = compiler
+        .compile("values.json", &mut schemas)
+        .map_err(wrong)?;
+    schemas
+        .validate(value, index)
+        .map_err(|error| error.to_string())
+}
+
+#[test]
+fn chart_and_program_are_of_one_version() -> Outcome {
+    let chart: Value = serde_yaml_ng::from_str(&read("deploy/helm/upperdeck/Chart.yaml")?)?;
+    assert_eq!(chart["appVersion"], env!("CARGO_PKG_VERSION"));
+    // One source of the alerts.
+    let file = root().join("deploy/helm/upperdeck/files/rules.yml");
+    let rules = root().join("deploy/prometheus/rules.yml");
+    assert_eq!(file.canonicalize()?, rules.canonicalize()?);
+    Ok(())
+}
+
+#[test]
+fn the_manifests_are_what_the_chart_renders() -> Outcome {
+    let Some(helm) = helm() else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let made = dir.path().join("upperdeck.yaml");
+    let bin = helm.parent().ok_or("a directory")?;
+    let path = format!("{}:{}", bin.display(), std::env::var("PATH")?);
+    let output = Command::new(root().join("deploy/helm/render"))
+        .arg(&made)
+        .env("PATH", path)
+        .output()?;
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{told}");
+    let committed = read("deploy/kubernetes/upperdeck.yaml")?;
+    assert!(
+        fs::read_to_string(&made)? == committed,
+        "deploy/kubernetes/upperdeck.yaml is out of date: run deploy/helm/render"
+    );
+    Ok(())
+}
+
+#[test]
+fn an_agent_may_what_a_save_needs_and_no_more() -> Outcome {
+    let all = objects(&format!("\n{}", read("deploy/kubernetes/upperdeck.yaml")?))?;
+    let agent = object(&all, "DaemonSet", "upperdeck-agent")?;
+    let pod = &agent["spec"]["template"]["spec"];
+    let container = &pod["containers"][0];
+    let expected = serde_json::json!({
+        "privileged": false,
+        "readOnlyRootFilesystem": true,
+        "capabilities": {"drop": ["ALL"], "add": ["SYS_ADMIN", "SYS_PTRACE", "DAC_READ_SEARCH"]},
+    });
+    assert_eq!(container["securityContext"], expected);
+    assert_eq!(pod["hostPID"], true);
+    assert_eq!(pod["automountServiceAccountToken"], false);
+    assert_eq!(
+        pod["securityContext"]["seccompProfile"]["type"],
+        "RuntimeDefault"
+    );
+    for key in ["hostNetwork", "hostIPC"] {
+        assert!(pod.get(key).is_none(), "{key}");
+    }
+    let mounts = container["volumeMounts"].as_array().ok_or("mounts")?;
+    let written: BTreeSet<&str> = mounts
+        .iter()
+        .filter(|mount| mount["readOnly"] != true)
+        .filter_map(|mount| mount["mountPath"].as_str())
+        .collect();
+    assert_eq!(
+        written,
+        BTreeSet::from(["/host/sys/fs/cgroup", "/var/lib/upperdeck"])
+    );
+    // The master key is not in the agent's container.
+    assert!(mounts.iter().all(|mount| mount["name"] != "master-key"));
+    let drain = pod["terminationGracePeriodSeconds"].as_u64();
+    assert!(drain.is_some_and(|seconds| seconds > 300), "{drain:?}");
+    let key_maker = &pod["initContainers"][0]["securityContext"];
+    assert_eq!(
+        key_maker["capabilities"],
+        serde_json::json!({"drop": ["ALL"]})
+    );
+
+    for name in ["upperdeck-manager", "upperdeck-redis"] {
+        let pod = &object(&all, "Deployment", name)?["spec"]["template"]["spec"];
+        assert_eq!(pod["securityContext"]["runAsNonRoot"], true, "{name}");
+        assert_eq!(pod["automountServiceAccountToken"], false, "{name}");
+        let container = &pod["containers"][0]["securityContext"];
+        let expected = serde_json::json!({
+            "allowPrivilegeEscalation": false,
+            "readOnlyRootFilesystem": true,
+            "capabilities": {"drop": ["ALL"]},
+        });
+        assert_eq!(*container, expected, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn presets_show_an_agent_what_its_runtime_has() -> Outcome {
+    let Some(helm) = helm() else { return Ok(()) };
+    for (preset, paths) in PRESETS {
+        let preset = format!("preset={preset}");
+        let all = rendered(&helm, &[IMAGE, TARGET, &preset])?;
+        let agent = object(&all, "DaemonSet", "upperdeck-agent")?;
+        let pod = &agent["spec"]["template"]["spec"];
+        for path in paths {
+            let volumes = pod["volumes"].as_array().ok_or("volumes")?;
+            let volume = volumes.iter().find(|v| v["hostPath"]["path"] == *path);
+            let name = &volume.ok_or_else(|| format!("{preset}: {path}"))?["name"];
+            let mounts = pod["containers"][0]["volumeMounts"].as_array();
+            let mount = mounts.ok_or("mounts")?.iter().find(|m| m["name"] == *name);
+            let mount = mount.ok_or("a mount")?;
+            assert_eq!(mount["mountPath"], format!("/host{path}"), "{preset}");
+            assert_eq!(mount["mountPropagation"], "HostToContainer", "{preset}");
+            let args = pod["containers"][0]["args"].to_string();
+            assert!(args.contains(&format!("={path}\"")), "{preset}: {args}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn values_that_cannot_work_are_refused() -> Outcome {
+    let Some(helm) = helm() else { return Ok(()) };
+    for (set, told) in [
+        (&[IMAGE][..], "target"),
+        (&[TARGET], "image.repository"),
+        (&[IMAGE, TARGET, "agent.nosuch=1"], "nosuch"),
+        (&[IMAGE, TARGET, "preset=docker"], "preset"),
+        (&[IMAGE, TARGET, "preset=custom"], "agent.runtime"),
+        (&[IMAGE, "target=registry.example.org/x:1"], "target"),
+        (&[IMAGE, TARGET, "manager.replicas=2"], "record.postgres"),
+        (
+            &[IMAGE, TARGET, "secrets.generate=false"],
+            "secrets.existingSecret",
+        ),
+        (
+            &[IMAGE, TARGET, "preset=erofs", "agent.mountPropagation=None"],
+            "agent.mountPropagation",
+        ),
+        (
+            &[IMAGE, TARGET, "agent.settings.slots.x=1"],
+            "settings.slots",
+        ),
+        (&[IMAGE, TARGET, "ingress.enabled=true"], "ingress.host"),
+    ] {
+        let output = template(&helm, set)?;
+        let found = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "{set:?} is accepted");
+        assert!(found.contains(told), "{set:?}: {found}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_program_understands_the_settings_that_are_rendered() -> Outcome {
+    let Some(helm) = helm() else { return Ok(()) };
+    let set = [
+        IMAGE,
+        TARGET,
+        "registry.existingSecret=robot",
+        "registry.caSecret=ca",
+        "record.postgres=postgres://u@db/upperdeck",
+        "record.existingSecret=pg",
+        "manager.replicas=3",
+        "manager.proxyFrom={10.1.0.0/16}",
+        "manager.settings.retention=90d",
+        "ingress.enabled=true",
+        "ingress.host=save.example.org",
+        "ingress.tlsSecret=tls",
+        "agent.settings.slots=2",
+        "agent.settings.commit_flag={--pause=none}",
+        "metrics.serviceMonitor=true",
+        "metrics.rules=true",
+    ];
+    let all = rendered(&helm, &set)?;
+    let dir = tempfile::tempdir()?;
+    for (verb, expected) in [
+        (
+            "manager",
+            &[
+                "retention = \"90d\"",
+                "public_url = \"https://save.example.org/\"",
+                "10.1.0.0/16",
+            ][..],
+        ),
+        (
+            "agent",
+            &[
+                "slots = 2",
+                "--pause=none",
+                "allow = [\"registry.example.org/sessions\"]",
+                "health_listen = \"0.0.0.0:8788\"",
+            ],
+        ),
+    ] {
+        let config = object(&all, "ConfigMap", &format!("upperdeck-{verb}"))?;
+        let file = dir.path().join(verb);
+        fs::write(
+            &file,
+            config["data"]["upperdeck.toml"].as_str().ok_or("text")?,
+        )?;
+        let output = Command::new(env!("CARGO_BIN_EXE_upperdeck"))
+            .args([verb, "--print-config", "--config"])
+            .arg(&file)
+            .output()?;
+        let told = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        for line in expected {
+            assert!(told.contains(line), "{verb}: {line}: {told}");
+        }
+    }
+    let budget = object(&all, "PodDisruptionBudget", "upperdeck-manager")?;
+    assert_eq!(budget["spec"]["maxUnavailable"], 1);
+    let rules = object(&all, "PrometheusRule", "upperdeck")?;
+    let alerts: Value = serde_yaml_ng::from_str(&read("deploy/prometheus/rules.yml")?)?;
+    assert_eq!(rules["spec"], alerts);
+    object(&all, "ServiceMonitor", "upperdeck-agent")?;
+    object(&all, "Ingress", "upperdeck")?;
+    Ok(())
+}
+
+#[test]
+fn helm_finds_nothing_to_say() -> Outcome {
+    let Some(helm) = helm() else { return Ok(()) };
+    let output = Command::new(helm)
+        .args([
+            "lint",
+            "--strict",
+            "deploy/helm/upperdeck",
+            "--set",
+            IMAGE,
+            "--set",
+            TARGET,
+        ])
+        .current_dir(root())
+        .output()?;
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{told}");
+    Ok(())
+}
