@@ -86,7 +86,9 @@ pub(in crate::cli) struct JobSessions {
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct JobSubmit {
-    /// ID of a session, a unique prefix of it or its name, as in "job sessions"
+    /// ID of a session, a unique prefix of it or its name, as in "job sessions"; a pod can state its own as
+    /// UPPERDECK_SESSION
+    #[arg(env = "UPPERDECK_SESSION", hide_env = true)]
     pub(in crate::cli) session: String,
     /// NAME[:TAG] or :TAG [default: suggested by the manager]
     pub(in crate::cli) image: Option<String>,
