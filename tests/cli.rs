@@ -94,6 +94,9 @@ fn usage_errors_exit_2_and_leave_stdout_alone() -> Outcome {
         &["ps", "--log", "upperdeck=loudly"],
         &["layer", "--upper", "/x"],
         &["validate", "x"],
+        &["validate", "x", "--against", "y", "--write", "z"],
+        &["validate", "x", "--against", "y", "--tree"],
+        &["validate", "x", "--write", "-", "--texts", "2M"],
         &["bench", "--rounds", "0"],
         &["bench", "--size", "0"],
         &["bench", "--size", "many"],
@@ -243,6 +246,60 @@ fn a_layer_goes_into_a_fifo() -> Outcome {
     let tar = reader.join().map_err(|_| "the reader died")??;
     assert_eq!(tar.len(), 512 + 512 + 1024);
     assert!(!std::fs::symlink_metadata(&fifo)?.is_file());
+    Ok(())
+}
+
+#[test]
+fn a_specification_is_written_and_a_changed_text_is_shown() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let at = |name: &str| dir.path().join(name).to_string_lossy().into_owned();
+    let upper = at("upper");
+    std::fs::create_dir(&upper)?;
+    let (layer, spec) = (at("layer.tar.gz"), at("spec"));
+    let make = |motd: &str| -> Outcome {
+        std::fs::write(dir.path().join("upper/motd"), motd)?;
+        let made = upperdeck(&["layer", "--userxattr", "--upper", &upper, "-o", &layer])?;
+        assert_eq!(made.status.code(), Some(0), "{}", text(&made.stderr));
+        Ok(())
+    };
+    make("Welcome\nto Monday\n")?;
+    let written = upperdeck(&["validate", &layer, "--write", &spec])?;
+    assert_eq!(written.status.code(), Some(0), "{}", text(&written.stderr));
+    assert_eq!(text(&written.stdout), "");
+    let said = std::fs::read_to_string(&spec)?;
+    assert!(
+        said.contains("motd ") && said.contains(" content=Welcome\\012to\\040Monday\\012"),
+        "{said}"
+    );
+    let mode = std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(&spec)?);
+    assert_eq!(mode & 0o777, 0o600);
+    let printed = upperdeck(&["validate", &layer, "--write", "-"])?;
+    assert_eq!(text(&printed.stdout), said);
+    let digests = upperdeck(&["validate", &layer, "--write", "-", "--texts", "0"])?;
+    assert!(text(&digests.stdout).contains(" size=18 sha256="));
+    let same = upperdeck(&["validate", &layer, "--against", &spec])?;
+    assert_eq!(same.status.code(), Some(0), "{}", text(&same.stdout));
+
+    make("Welcome\nto \u{1b}[31mTuesday\n")?;
+    let other = upperdeck(&["validate", &layer, "--against", &spec])?;
+    assert_eq!(other.status.code(), Some(1));
+    let shown = text(&other.stdout);
+    let diff = "motd: content:\n--- expected\n+++ found\n@@ -1,2 +1,2 @@\n Welcome\n-to Monday\n\
+                +to \\u{1b}[31mTuesday\n";
+    assert!(shown.contains(diff), "{shown}");
+    let json = upperdeck(&["validate", &layer, "--against", &spec, "--format", "json"])?;
+    let json: Value = serde_json::from_slice(&json.stdout)?;
+    let found = json["differences"].as_array().ok_or("no list")?;
+    let content = found
+        .iter()
+        .find(|found| found["field"] == "content")
+        .ok_or("no content")?;
+    assert!(content["diff"].is_string(), "{json}");
+    let size = found.iter().find(|found| found["field"] == "size");
+    assert!(
+        size.is_some_and(|found| found.get("diff").is_none()),
+        "{json}"
+    );
     Ok(())
 }
 

@@ -30,7 +30,9 @@ use rustix::mount::{
     mount_change, move_mount,
 };
 use upperdeck::image::verify::layers::Layers;
+use upperdeck::image::verify::specify;
 use upperdeck::image::verify::tree::{Ignore, Tree, compare};
+use upperdeck::image::verify::validate::{self, Expected};
 use upperdeck::layer::Compression;
 use upperdeck::layer::scan::Scan;
 use upperdeck::node::overlay::volume::{Volume, VolumeLookup};
@@ -470,6 +472,12 @@ fn case(kind: Kind, history: &[Vec<Change>]) -> Result<bool> {
         &after,
         &ignore,
     )?;
+    // A specification that is written from the layer is valid for it.
+    let mut spec = Vec::new();
+    specify::layer(made.bytes.as_slice(), 4096, &mut spec)?;
+    let spec = Expected::parse(std::str::from_utf8(&spec)?)?;
+    let report = validate::layer(made.bytes.as_slice(), &spec, 20)?;
+    ensure!(report.is_valid(), "written from the layer: {report}");
     // Cut wherever possible.
     let cut = make_cut(&source, 1).map_err(anyhow::Error::msg)?;
     let mut layers = Layers::on_top_of(before.clone());

@@ -8,15 +8,18 @@ mod exit;
 mod failure;
 mod image;
 pub(crate) mod options;
+mod output;
 mod packages;
 mod print;
 mod progress;
 mod prune;
+mod reading;
 mod secret;
 #[cfg(feature = "service")]
 mod service;
 mod signals;
 mod text;
+mod validate;
 mod verbs;
 pub(crate) mod view;
 
@@ -108,6 +111,7 @@ fn role(verb: &Verb) -> Option<Role> {
         Verb::Ps(_) | Verb::Inspect(_) | Verb::Diff(_) => Role::Inspect,
         Verb::Layer(_) => Role::Layer,
         Verb::Commit(_) | Verb::Bench(_) => Role::Commit,
+        Verb::Validate(args) if validate::reads_container(args) => Role::Commit,
         #[cfg(feature = "service")]
         Verb::Service(verb) => return service::role(verb),
         Verb::Image(_)
@@ -129,7 +133,7 @@ fn dispatch(verb: Verb, roots: &Roots, verbose: bool) -> anyhow::Result<()> {
         Verb::Image(args::Image::Rm(args)) => image::rm(&args),
         Verb::Image(args::Image::Prune(args)) => prune::run(&args),
         Verb::Image(args::Image::Tag(args)) => image::tag(&args),
-        Verb::Validate(args) => verbs::validate(&args),
+        Verb::Validate(args) => validate::run(roots, &args),
         Verb::Bench(args) => verbs::bench(roots, *args),
         #[cfg(feature = "service")]
         Verb::Service(verb) => service::run(verb, roots, verbose),

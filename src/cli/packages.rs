@@ -1,21 +1,16 @@
 //! `inspect --packages`: the packages of images, and the list of packages for people.
 
-use anyhow::Context;
 use serde::Serialize;
-use tokio_util::sync::CancellationToken;
 
 use super::args::Inspect;
 use super::print::print;
+use super::reading;
 use super::text::{self, Align};
-use super::{options, signals};
-use crate::common::cancel::Cancelled;
 use crate::common::digest::Digest;
 use crate::common::{escape, message};
 use crate::image::packages::{ChangeKind, Packages};
 use crate::save;
-use crate::save::source::{self, Image};
 use crate::store::destination::Target;
-use crate::store::registry::Registries;
 
 /// Output of `inspect --packages IMAGE`.
 #[derive(Serialize)]
@@ -45,18 +40,10 @@ pub(super) fn image(args: &Inspect) -> anyhow::Result<()> {
         .map(str::parse)
         .transpose()
         .map_err(save::Error::from)?;
-    let host = match &target {
-        Target::Registry(reference) => Some(reference.host.clone()),
-        Target::Layout { .. } | Target::Archive { .. } => None,
-    };
-    let registries = options::registries(&args.registry, host)?;
-    let cancel = CancellationToken::new();
-    signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
-    let runtime = tokio::runtime::Runtime::new().context("cannot start the I/O threads")?;
-    let read = async {
-        let image = open(target, &registries, &args.container).await?;
+    let view = reading::run(&args.registry, Some(&target), async |registries, _| {
+        let image = reading::open(target.clone(), registries, &args.container).await?;
         let since = match (since, &args.since) {
-            (Some(target), Some(name)) => Some(open(target, &registries, name).await?),
+            (Some(target), Some(name)) => Some(reading::open(target, registries, name).await?),
             _ => None,
         };
         let packages = save::packages::of_image(&image, since.as_ref()).await?;
@@ -66,23 +53,8 @@ pub(super) fn image(args: &Inspect) -> anyhow::Result<()> {
             since: since.map(|since| since.manifest.digest),
             packages,
         })
-    };
-    let view: anyhow::Result<ImagePackages> = runtime.block_on(async {
-        tokio::select! {
-            view = read => view,
-            () = cancel.cancelled() => Err(Cancelled.into()),
-        }
-    });
-    // A thread may still read a layer.
-    runtime.shutdown_background();
-    print(args.format, &view?, |view| table(&view.packages))
-}
-
-async fn open(target: Target, registries: &Registries, name: &str) -> Result<Image, save::Error> {
-    let name = escape::limited(name, 400);
-    source::open(target, registries)
-        .await
-        .map_err(|error| error.of(&name))
+    })?;
+    print(args.format, &view, |view| table(&view.packages))
 }
 
 /// Formats a list of packages: what is added, changed or removed, and what limits the list.

@@ -1,7 +1,6 @@
 //! The verbs: each takes options and prints its result to stdout. The work is done in the modules that they call.
 
 use std::ffi::OsStr;
-use std::fs::File;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -15,18 +14,14 @@ use super::args;
 use super::exit::Usage;
 use super::failure::Failure;
 use super::print::print;
-use super::{bench_view, options, packages, progress, signals, view, write_stdout};
+use super::{bench_view, options, output, packages, progress, signals, view, write_stdout};
 use crate::common::failure::FailureKind;
-use crate::common::private_files::FileMode;
-use crate::image::manifest::Platform;
-use crate::image::verify::validate::{self, Expected};
 use crate::layer::scan::{self, Kind, Scan};
 use crate::layer::{self, Plan};
 use crate::node::container::{self, Roots, VolumeRules};
 use crate::node::overlay::xattr::Namespace;
 use crate::save;
 use crate::save::event::{Event, Observer};
-use crate::store::destination::Target;
 
 pub(super) fn ps(roots: &Roots, args: &args::Ps) -> anyhow::Result<()> {
     let listing = container::list(roots);
@@ -229,7 +224,11 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
         jobs,
         cancel: &cancel,
     };
-    let made = write_layer(&args.output, args.output_mode, &plan, options)?;
+    let made = output::write(&args.output, args.output_mode, |file| {
+        let sink = |bytes: bytes::Bytes| file.write_all(&bytes);
+        let made = layer::stream::write(&plan, options, sink, &|_| {}).map_err(save::Error::from);
+        made.with_context(|| format!("cannot make {}", super::text::path(&args.output)))
+    })?;
     for file in &made.unstable {
         tracing::warn!(path = file.path, what = ?file.what, "changed while it was read");
     }
@@ -243,80 +242,6 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
     });
     write_stdout(format!("{json}\n").as_bytes())
         .context("the layer is written, but its descriptor cannot be printed")
-}
-
-/// Writes to a temporary file beside `output` and renames it, so that `output` is always complete. A device or FIFO is
-/// written to directly.
-fn write_layer(
-    output: &Path,
-    mode: FileMode,
-    plan: &Plan,
-    options: layer::Options<'_>,
-) -> anyhow::Result<layer::Layer> {
-    let shown = || super::text::path(output);
-    let cannot_write = || format!("cannot write {}", shown());
-    let make = |file: &mut File| {
-        let sink = |bytes: bytes::Bytes| file.write_all(&bytes);
-        let made = layer::stream::write(plan, options, sink, &|_| {}).map_err(save::Error::from);
-        made.with_context(|| format!("cannot make {}", shown()))
-    };
-    if std::fs::metadata(output).is_ok_and(|there| !there.is_file()) {
-        let mut file = File::options()
-            .write(true)
-            .open(output)
-            .with_context(cannot_write)?;
-        return make(&mut file);
-    }
-    let dir = output
-        .parent()
-        .filter(|dir| !dir.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(dir).with_context(cannot_write)?;
-    let made = make(file.as_file_mut())?;
-    file.as_file().sync_all().with_context(cannot_write)?;
-    mode.set(file.as_file()).with_context(cannot_write)?;
-    file.persist(output)
-        .map_err(|e| e.error)
-        .with_context(cannot_write)?;
-    Ok(made)
-}
-
-/// Maximum number of differences that `validate` prints.
-const NAMED_DIFFERENCES: usize = 20;
-
-pub(super) fn validate(args: &args::Validate) -> anyhow::Result<()> {
-    let expected = Expected::load(&args.against)?;
-    let report = match args.subject.parse::<Target>() {
-        Ok(target @ (Target::Layout { .. } | Target::Archive { .. })) => {
-            let opened = target
-                .open_layout()
-                .map_err(|e| save::Error::Destination(e.into()))?;
-            let (reader, tag) = opened
-                .context("a registry's image cannot be validated: copy it to a layout first")?;
-            let manifest = reader.manifest(tag, &Platform::host())?;
-            let manifest: oci_spec::image::ImageManifest =
-                serde_json::from_slice(&manifest.bytes).context("the image's manifest")?;
-            let layers = manifest.layers().iter().map(|layer| {
-                let digest = layer
-                    .digest()
-                    .to_string()
-                    .parse()
-                    .map_err(std::io::Error::other)?;
-                reader
-                    .open_blob(&digest, Some(layer.size()))
-                    .map_err(std::io::Error::other)
-            });
-            validate::image(layers, &expected, NAMED_DIFFERENCES)?
-        }
-        _ => {
-            let file = File::open(&args.subject)
-                .with_context(|| format!("cannot open {:?}", args.subject))?;
-            validate::layer(std::io::BufReader::new(file), &expected, NAMED_DIFFERENCES)?
-        }
-    };
-    print(args.format, &report, |report| format!("{report}\n"))?;
-    anyhow::ensure!(report.is_valid(), "{:?} is not as expected", args.subject);
-    Ok(())
 }
 
 pub(super) fn bench(roots: &Roots, args: args::Bench) -> anyhow::Result<()> {

@@ -189,9 +189,9 @@ pub(super) enum Verb {
     /// List, tag, delete and prune saved images in Harbor, another registry or an OCI layout
     #[command(subcommand, after_long_help = IMAGE_HELP)]
     Image(Image),
-    /// Compare a layer or an image with a specification
+    /// Compare a layer, an image or a container with a specification, or write one
     #[command(after_long_help = VALIDATE_HELP)]
-    Validate(Validate),
+    Validate(Box<Validate>),
     /// Measure the stages of a save on this node
     #[command(after_long_help = BENCH_HELP)]
     Bench(Box<Bench>),

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, StatxAttributes, StatxFlags};
 
-use super::layers::join;
+use super::paths::join;
 use super::tree::{Kind, Node, Time, Tree};
 use crate::common::digest::{Digest, HashingWriter};
 use crate::node::overlay::xattr::Namespace;

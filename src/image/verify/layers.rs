@@ -11,6 +11,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io::Read;
 
 use super::archive::{Archive, ArchiveError, ArchiveSummary, Entry, EntryKind, decompress};
+use super::paths::{join, normalise, split};
+use super::texts::Texts;
 use super::tree::{Kind, Node, Time, Tree};
 
 /// Maximum total size of paths, targets and attributes in bytes: about ten million entries of an ordinary image.
@@ -33,6 +35,8 @@ pub struct Layers {
     implicit_dirs: BTreeSet<Vec<u8>>,
     /// Files below `.wh..wh.plnk/` of the layer that is being applied, by the last component of their name.
     aufs_hardlinks: HashMap<Vec<u8>, Node>,
+    /// Contents to keep, if any.
+    texts: Option<Texts>,
     layer: u32,
     inode: u64,
     charged: u64,
@@ -52,6 +56,7 @@ impl Layers {
             written: BTreeMap::new(),
             implicit_dirs: BTreeSet::new(),
             aufs_hardlinks: HashMap::new(),
+            texts: None,
             layer: 0,
             inode: 0,
             charged: 0,
@@ -74,6 +79,13 @@ impl Layers {
         layers
     }
 
+    /// Keeps small texts of the layers that are applied from now on.
+    #[must_use]
+    pub fn keeping(mut self, texts: Texts) -> Self {
+        self.texts = Some(texts);
+        self
+    }
+
     /// Applies one more layer (plain, gzip or zstd) and returns the properties of its tar.
     ///
     /// After an error, the tree contains a part of the layer and must not be used.
@@ -93,6 +105,11 @@ impl Layers {
     /// Returns the tree of all layers.
     pub fn into_tree(self) -> Tree {
         self.tree
+    }
+
+    /// Returns the tree of all layers like [`Layers::into_tree`], and the texts that were kept.
+    pub(super) fn into_tree_and_texts(self) -> (Tree, Option<Texts>) {
+        (self.tree, self.texts)
     }
 
     /// Returns the tree of all layers like [`Layers::into_tree`], and marks directories as implicit whose topmost layer
@@ -148,7 +165,7 @@ impl Layers {
                 Some(node) => node,
                 None => return Ok(()),
             },
-            kind => self.described(entry, kind, archive)?,
+            kind => self.described(&path, entry, kind, archive)?,
         };
         let keep_children = node.kind == Kind::Directory
             && self
@@ -196,7 +213,7 @@ impl Layers {
         archive: &mut Archive<R>,
     ) -> Result<(), ArchiveError> {
         if name.starts_with(AUFS_LINKS) && entry.kind == EntryKind::File {
-            let node = self.described(entry, EntryKind::File, archive)?;
+            let node = self.described(name, entry, EntryKind::File, archive)?;
             self.charge(name, &node)?;
             self.aufs_hardlinks.insert(split(name).1.to_vec(), node);
         }
@@ -205,6 +222,7 @@ impl Layers {
 
     fn described<R: Read>(
         &mut self,
+        path: &[u8],
         entry: &Entry,
         kind: EntryKind,
         archive: &mut Archive<R>,
@@ -226,7 +244,12 @@ impl Layers {
         node.mtime = entry.mtime;
         node.xattrs.clone_from(&entry.xattrs);
         match node.kind {
-            Kind::File => node.content = Some(archive.content_digest()?),
+            Kind::File => {
+                node.content = Some(match &mut self.texts {
+                    Some(texts) => texts.read(path, entry, archive)?,
+                    None => archive.content_digest()?,
+                });
+            }
             Kind::Symlink => node.target = Some(entry.link.clone()),
             Kind::Char | Kind::Block => node.rdev = Some(entry.rdev),
             _ => {}
@@ -413,41 +436,6 @@ impl Layers {
                 .cloned(),
         );
         paths
-    }
-}
-
-/// Removes leading, trailing and repeated slashes and `.` from a name.
-fn normalise(name: &[u8]) -> Result<Vec<u8>, &'static str> {
-    let mut path = Vec::with_capacity(name.len());
-    for component in name.split(|&b| b == b'/') {
-        match component {
-            b"" | b"." => {}
-            b".." => return Err("names with .. are refused"),
-            _ => {
-                if !path.is_empty() {
-                    path.push(b'/');
-                }
-                path.extend_from_slice(component);
-            }
-        }
-    }
-    Ok(path)
-}
-
-/// Splits a path into its parent and last component.
-pub(crate) fn split(path: &[u8]) -> (&[u8], &[u8]) {
-    match path.iter().rposition(|&b| b == b'/') {
-        Some(slash) => (&path[..slash], &path[slash + 1..]),
-        None => (b"", path),
-    }
-}
-
-/// Joins two parts to `parent/base`, without a leading slash.
-pub(crate) fn join(parent: &[u8], base: &[u8]) -> Vec<u8> {
-    if parent.is_empty() {
-        base.to_vec()
-    } else {
-        [parent, b"/", base].concat()
     }
 }
 

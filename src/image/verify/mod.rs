@@ -6,7 +6,10 @@
 pub mod archive;
 pub(crate) mod directory;
 pub mod layers;
+pub(crate) mod paths;
+pub mod specify;
 pub mod text;
+pub mod texts;
 pub mod tree;
 pub mod validate;
 pub mod vis;

@@ -16,7 +16,7 @@
 //! {x*255} hole=1048576 at.4096=data      a name of 255 x; a sparse file
 //! ```
 //!
-//! Keywords: `type mode uid gid time link hardlink device pax`, contents (`content`, `base64`, `random=SEED,LENGTH`,
+//! Keywords: `type mode uid gid uname gname time link hardlink device pax`, contents (`content`, `base64`, `random=SEED,LENGTH`,
 //! `zeros=LENGTH`, `hole=LENGTH`, any of them overwritten in part by `at.OFFSET=TEXT`, or only `size` with `sha256`),
 //! `xattr.NAME`, and `overlay.MARK` for the extended attributes of an overlay directory. The default mode is 0644 for a
 //! file, 0755 for a directory and 0777 for a symbolic link; the default owner is 0:0 and the default time is
@@ -36,7 +36,8 @@ use content::{Base, content, decode, expand};
 pub(crate) const DEFAULT_TIME: i64 = 1_000_000_000;
 /// Most items that one `/for` or `/deep` line makes.
 const MAX_REPEAT: u64 = 100_000;
-/// Maximum memory of all items of a document together, in bytes: a line of a few words can create very many.
+/// Maximum memory of all items of a document together, in bytes, in addition to that of one item for each line and of
+/// its own length: a line of a few words can create very many.
 const MAX_BYTES: usize = 64 << 20;
 
 /// A line that cannot be parsed.
@@ -73,6 +74,10 @@ pub struct Item {
     pub uid: u32,
     /// Group ID.
     pub gid: u32,
+    /// Name of the user as stored in a layer.
+    pub uname: Vec<u8>,
+    /// Name of the group as stored in a layer.
+    pub gname: Vec<u8>,
     /// Time of last modification.
     pub time: Time,
     /// Target of a symbolic or hard link.
@@ -107,7 +112,11 @@ pub enum Line {
 
 /// Parses a document.
 pub fn parse(text: &str) -> Result<Vec<Line>, ParseError> {
-    let mut lines = Lines::default();
+    let written = text.len() + text.lines().count() * size_of::<Item>();
+    let mut lines = Lines {
+        found: Vec::new(),
+        left: MAX_BYTES.saturating_add(written),
+    };
     let mut defaults: Vec<&str> = Vec::new();
     for (index, whole) in text.lines().enumerate() {
         let line = index + 1;
@@ -184,21 +193,20 @@ pub fn parse(text: &str) -> Result<Vec<Line>, ParseError> {
 }
 
 /// The items read from a document.
-#[derive(Default)]
 struct Lines {
     found: Vec<Line>,
-    /// Memory used by all items, in bytes.
-    bytes: usize,
+    /// Memory that further items may use, in bytes.
+    left: usize,
 }
 
 impl Lines {
     fn item(&mut self, item: Item) -> Result<(), String> {
-        self.bytes += item.bytes();
-        if self.bytes > MAX_BYTES {
+        let Some(left) = self.left.checked_sub(item.bytes()) else {
             return Err(format!(
-                "what is described up to here takes more than {MAX_BYTES} bytes of memory"
+                "what is repeated up to here takes more than {MAX_BYTES} bytes of memory"
             ));
-        }
+        };
+        self.left = left;
         self.found.push(Line::Item(Box::new(item)));
         Ok(())
     }
@@ -214,7 +222,8 @@ impl Item {
             _ => 0,
         };
         let over: usize = self.content.over.iter().map(|(_, bytes)| bytes.len()).sum();
-        size_of::<Self>() + self.name.len() + self.link.len() + pairs + content + over
+        let names = self.name.len() + self.link.len() + self.uname.len() + self.gname.len();
+        size_of::<Self>() + names + pairs + content + over
     }
 }
 
@@ -251,12 +260,6 @@ fn item<'a>(name: &str, words: impl Iterator<Item = &'a str>) -> Result<Item, St
         None if link.is_some() => Type::Entry(EntryKind::Symlink),
         None => Type::Entry(EntryKind::File),
     };
-    let (mode, time) = match kind {
-        Type::Entry(EntryKind::Directory) => (0o755, DEFAULT_TIME),
-        Type::Entry(EntryKind::Symlink) => (0o777, DEFAULT_TIME),
-        Type::Whiteout => (0, 0),
-        _ => (0o644, DEFAULT_TIME),
-    };
     let number = |key: &str, text: Option<&str>, radix| -> Result<Option<u32>, String> {
         text.map(|text| {
             u32::from_str_radix(text, radix).map_err(|_| format!("{key}={text}: expected a number"))
@@ -266,20 +269,17 @@ fn item<'a>(name: &str, words: impl Iterator<Item = &'a str>) -> Result<Item, St
     let whiteout = kind == Type::Whiteout;
     let mode = number("mode", take("mode"), 8)?
         .filter(|_| !whiteout)
-        .unwrap_or(mode);
+        .unwrap_or_else(|| default_mode(kind));
     let uid = number("uid", take("uid"), 10)?
         .filter(|_| !whiteout)
         .unwrap_or(0);
     let gid = number("gid", take("gid"), 10)?
         .filter(|_| !whiteout)
         .unwrap_or(0);
-    let time = take("time").filter(|_| !whiteout).map_or(
-        Ok(Time {
-            seconds: time,
-            nanos: 0,
-        }),
-        parse_time,
-    )?;
+    let owner = |text: Option<&str>| text.map_or(Ok(Vec::new()), expand);
+    let (uname, gname) = (owner(take("uname"))?, owner(take("gname"))?);
+    let time = take("time").filter(|_| !whiteout);
+    let time = time.map_or_else(|| Ok(default_time(kind)), parse_time)?;
     let device = match take("device") {
         None => (0, 0),
         Some(text) => {
@@ -315,6 +315,8 @@ fn item<'a>(name: &str, words: impl Iterator<Item = &'a str>) -> Result<Item, St
         mode,
         uid,
         gid,
+        uname,
+        gname,
         time,
         link,
         device,
@@ -323,6 +325,28 @@ fn item<'a>(name: &str, words: impl Iterator<Item = &'a str>) -> Result<Item, St
         overlay,
         pax,
     })
+}
+
+/// Returns the mode of an item without `mode`.
+pub(super) fn default_mode(kind: Type) -> u32 {
+    match kind {
+        Type::Entry(EntryKind::Directory) => 0o755,
+        Type::Entry(EntryKind::Symlink) => 0o777,
+        Type::Whiteout => 0,
+        _ => 0o644,
+    }
+}
+
+/// Returns the time of an item without `time`.
+pub(super) fn default_time(kind: Type) -> Time {
+    Time {
+        seconds: if kind == Type::Whiteout {
+            0
+        } else {
+            DEFAULT_TIME
+        },
+        nanos: 0,
+    }
 }
 
 fn kind(word: &str) -> Result<Type, String> {
@@ -371,7 +395,7 @@ pub(crate) fn tree<'a>(items: impl IntoIterator<Item = &'a Item>) -> Result<Tree
         let path = if path == b"." { b"".as_slice() } else { path };
         let mut above = path;
         while !above.is_empty() {
-            above = super::layers::split(above).0;
+            above = super::paths::split(above).0;
             if tree.nodes.contains_key(above) {
                 break;
             }
@@ -477,11 +501,14 @@ mod tests {
             "/deep 100000 d/",
             "/for 0..100000 f{} xattr.user.a={x*60000}",
             &"/for 0..100000 f{}\n".repeat(10),
+            &"/for 0..100000 f{} uname={x*600}\n",
         ] {
             let error = parse(text).expect_err(text);
             assert!(error.reason.contains("bytes"), "{text}: {error}");
         }
         assert!(parse("/for 0..65000 f{}").is_ok());
+        // What is written in full is bounded by its own length.
+        assert!(parse(&"a\n".repeat(500_000)).is_ok());
     }
 
     #[test]

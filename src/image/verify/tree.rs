@@ -165,7 +165,7 @@ impl Tree {
     }
 
     /// Maps every path that has other hard links to the first of them.
-    fn groups(&self) -> HashMap<&[u8], &[u8]> {
+    pub(super) fn groups(&self) -> HashMap<&[u8], &[u8]> {
         let mut first: HashMap<u64, &[u8]> = HashMap::new();
         let mut groups = HashMap::new();
         for (path, node) in self.iter().filter(|(_, node)| node.kind != Kind::Directory) {
@@ -234,10 +234,16 @@ pub struct Difference {
     pub expected: String,
     /// Value in the second tree, escaped.
     pub found: String,
+    /// The difference of two small texts in the unified format, escaped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub diff: Option<String>,
 }
 
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(diff) = &self.diff {
+            return write!(f, "{}: {}:\n{diff}", self.path, self.field);
+        }
         write!(
             f,
             "{}: {}: expected {}, found {}",
@@ -379,6 +385,7 @@ impl Report<'_> {
                 field: field.to_owned(),
                 expected: expected.to_owned(),
                 found: found.to_owned(),
+                diff: None,
             });
         }
     }

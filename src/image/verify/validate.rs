@@ -4,7 +4,7 @@
 //! `@diff-id`, `@gzip` and `@zstd` if the bytes matter, too; or, with `@tree`, all paths of the tree that an image
 //! unpacks to.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use super::archive::{Archive, ArchiveError, Codec, Entry, EntryKind, decompress};
 use super::layers::Layers;
 use super::text::{self, Item, Line, ParseError, Type};
+use super::texts::{self, Texts};
 use super::tree::{self, Difference, Ignore};
 use super::vis;
 use crate::common::digest::{Digest, HashingWriter};
@@ -26,6 +27,8 @@ pub struct Expected {
     pub items: Vec<Item>,
     /// Whether the items are a whole tree instead of the entries of one layer.
     pub tree: bool,
+    /// How the layer's tar ends.
+    pub end: End,
     /// Digest of the layer's tar.
     pub diff_id: Option<Digest>,
     /// Digest of the layer as this program compresses it with gzip at its default level.
@@ -34,6 +37,34 @@ pub struct Expected {
     pub zstd: Option<Digest>,
     /// Words in the error message with which creating the layer must fail; there must then be no layer.
     pub refusal: Option<Vec<String>>,
+}
+
+/// The end of a tar.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End {
+    /// Whether there are two zero blocks.
+    pub terminated: bool,
+    /// Number of bytes after them.
+    pub trailing: u64,
+}
+
+impl Default for End {
+    fn default() -> Self {
+        Self {
+            terminated: true,
+            trailing: 0,
+        }
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.terminated, self.trailing) {
+            (true, 0) => write!(f, "two zero blocks"),
+            (true, more) => write!(f, "two zero blocks and {more} bytes"),
+            (false, _) => write!(f, "no two zero blocks"),
+        }
+    }
 }
 
 /// The reason why nothing could be compared.
@@ -143,12 +174,27 @@ impl Expected {
             };
             match name.as_str() {
                 "tree" => expected.tree = true,
+                "end" => {
+                    expected.end = match words.as_slice() {
+                        [word] if word == "none" => End {
+                            terminated: false,
+                            trailing: 0,
+                        },
+                        [word] => End {
+                            terminated: true,
+                            trailing: word.parse().map_err(|_| {
+                                fail(format!("@end {word}: expected a number of bytes, or none"))
+                            })?,
+                        },
+                        _ => return Err(fail("@end wants a number of bytes, or none".to_owned())),
+                    }
+                }
                 "diff-id" => expected.diff_id = digest()?,
                 "gzip" => expected.gzip = digest()?,
                 "zstd" => expected.zstd = digest()?,
                 "refuse" if !words.is_empty() => expected.refusal = Some(words),
                 _ => {
-                    let known = "@tree, @diff-id, @gzip, @zstd or @refuse WORD...";
+                    let known = "@tree, @end, @diff-id, @gzip, @zstd or @refuse WORD...";
                     return Err(fail(format!("@{name}: expected {known}")));
                 }
             }
@@ -174,16 +220,15 @@ pub fn layer(
         ));
     }
     let failed = |source| ArchiveError::Io { offset: 0, source };
-    let mut blob = HashingReader {
-        reader: &mut layer,
-        hash: HashingWriter::new(io::sink()),
-    };
+    let mut blob = HashingReader::new(&mut layer);
     let (codec, reader) = decompress(&mut blob).map_err(failed)?;
     let mut archive = Archive::new(reader);
     let mut found = Vec::new();
+    let known = KnownTexts::of(&expected.items);
+    let mut texts = Texts::unlike(known.by_name());
     while let Some(entry) = archive.next_entry()? {
         let digest = if entry.kind == EntryKind::File {
-            Some(archive.content_digest()?)
+            Some(texts.read(&entry.name, &entry, &mut archive)?)
         } else {
             None
         };
@@ -191,7 +236,7 @@ pub fn layer(
     }
     let facts = archive.finish()?;
     io::copy(&mut blob, &mut io::sink()).map_err(failed)?;
-    let blob = blob.hash.complete().1;
+    let blob = blob.digest();
 
     let mut differences = entries(&expected.items, &found);
     let mut whole = |field: &str, expected: String, found: String| {
@@ -201,15 +246,15 @@ pub fn layer(
                 field: field.to_owned(),
                 expected,
                 found,
+                diff: None,
             });
         }
     };
-    let end = |terminated, trailing: u64| match (terminated, trailing) {
-        (true, 0) => "two zero blocks".to_owned(),
-        (true, more) => format!("two zero blocks and {more} bytes"),
-        (false, _) => "no two zero blocks".to_owned(),
+    let end = End {
+        terminated: facts.terminated,
+        trailing: facts.trailing,
     };
-    whole("end", end(true, 0), end(facts.terminated, facts.trailing));
+    whole("end", expected.end.to_string(), end.to_string());
     if let Some(digest) = expected.diff_id {
         whole("diff ID", digest.to_string(), facts.diff_id.to_string());
     }
@@ -221,7 +266,8 @@ pub fn layer(
     if let Some(digest) = digest {
         whole("digest", digest.to_string(), blob.to_string());
     }
-    Ok(limited(found.len() as u64, differences, limit))
+    let report = limited(found.len() as u64, differences, limit);
+    Ok(with_texts(report, &known, &texts))
 }
 
 /// Compares an image, given as its layers bottom first, with an expectation. A tree is compared with all layers applied
@@ -241,12 +287,17 @@ pub(crate) fn image<R: Read>(
             top.ok_or_else(|| ValidateError::Mismatch("the image has no layer".to_owned()))?;
         return layer(top, expected, limit);
     }
-    let mut stack = Layers::new();
+    let wanted = text::tree(&expected.items).map_err(ValidateError::Mismatch)?;
+    let known = KnownTexts::of(&expected.items);
+    let digests = wanted
+        .iter()
+        .filter_map(|(path, node)| Some((path.to_vec(), node.content?)));
+    let digests = digests.filter(|(_, digest)| known.texts.contains_key(digest));
+    let mut stack = Layers::new().keeping(Texts::unlike(digests.collect()));
     for layer in layers {
         stack.apply(layer.map_err(failed)?)?;
     }
-    let wanted = text::tree(&expected.items).map_err(ValidateError::Mismatch)?;
-    let found = stack.into_tree();
+    let (found, texts) = stack.into_tree_and_texts();
     let differences = tree::compare(
         &wanted,
         &found,
@@ -255,7 +306,64 @@ pub(crate) fn image<R: Read>(
             ..Ignore::default()
         },
     );
-    Ok(limited(found.len() as u64, differences, limit))
+    let report = limited(found.len() as u64, differences, limit);
+    Ok(match texts {
+        Some(texts) => with_texts(report, &known, &texts),
+        None => report,
+    })
+}
+
+/// The files of a specification whose content is a text that can be shown.
+struct KnownTexts<'a> {
+    files: Vec<(&'a Item, Digest)>,
+    texts: HashMap<Digest, &'a str>,
+}
+
+impl<'a> KnownTexts<'a> {
+    fn of(items: &'a [Item]) -> Self {
+        let mut known = Self {
+            files: Vec::new(),
+            texts: HashMap::new(),
+        };
+        for item in items {
+            let text = item.content.bytes().and_then(|bytes| {
+                let short = bytes.len() as u64 <= texts::SHOWN_BYTES;
+                std::str::from_utf8(bytes).ok().filter(|_| short)
+            });
+            if item.kind == Type::Entry(EntryKind::File)
+                && let (Some(text), Some(digest)) = (text, item.content.digest())
+            {
+                known.files.push((item, digest));
+                known.texts.insert(digest, text);
+            }
+        }
+        known
+    }
+
+    fn by_name(&self) -> HashMap<Vec<u8>, Digest> {
+        let files = self.files.iter();
+        files
+            .map(|(item, digest)| (item.name.clone(), *digest))
+            .collect()
+    }
+}
+
+/// Adds the differences of texts where both are known.
+fn with_texts(mut report: Report, known: &KnownTexts<'_>, texts: &Texts) -> Report {
+    for difference in &mut report.differences {
+        if difference.field != "content" {
+            continue;
+        }
+        let digest = |text: &str| text.parse::<Digest>().ok();
+        let expected = digest(&difference.expected);
+        let expected = expected.and_then(|digest| known.texts.get(&digest));
+        let found = digest(&difference.found);
+        let found = found.as_ref().and_then(|digest| texts.get(digest));
+        if let (Some(expected), Some(found)) = (expected, found) {
+            difference.diff = texts::unified(expected, found);
+        }
+    }
+    report
 }
 
 fn limited(entries: u64, mut differences: Vec<Difference>, limit: usize) -> Report {
@@ -282,46 +390,52 @@ fn entries(expected: &[Item], found: &[(Entry, Option<Digest>)]) -> Vec<Differen
                 field: field.to_owned(),
                 expected,
                 found,
+                diff: None,
             });
         }
     };
-    let by_name: HashMap<&[u8], &Item> = expected
-        .iter()
-        .map(|item| (item.name.as_slice(), item))
-        .collect();
-    let mut seen: HashSet<&[u8]> = HashSet::new();
+    // A name is seldom there more than once.
+    let mut by_name: HashMap<&[u8], Vec<&Item>> = HashMap::new();
+    for item in expected {
+        by_name.entry(&item.name).or_default().push(item);
+    }
+    let mut seen: HashMap<&[u8], usize> = HashMap::new();
     for (entry, digest) in found {
-        if !seen.insert(&entry.name) {
-            report(
-                &entry.name,
-                "presence",
-                "one entry".to_owned(),
-                "another of that name".to_owned(),
-            );
-            continue;
-        }
-        match by_name.get(entry.name.as_slice()) {
+        let number = seen.entry(&entry.name).or_default();
+        *number += 1;
+        let items = by_name.get(entry.name.as_slice());
+        match items.and_then(|items| items.get(*number - 1)) {
             Some(item) => fields(item, entry, *digest, &mut |field, a, b| {
                 report(&entry.name, field, a, b);
             }),
             None => report(
                 &entry.name,
                 "presence",
-                "nothing".to_owned(),
-                entry.kind.as_str().to_owned(),
+                match items.map_or(0, Vec::len) {
+                    0 => "nothing".to_owned(),
+                    1 => "one entry".to_owned(),
+                    more => format!("{more} entries"),
+                },
+                if *number == 1 {
+                    entry.kind.as_str().to_owned()
+                } else {
+                    "another of that name".to_owned()
+                },
             ),
         }
     }
-    for item in expected
-        .iter()
-        .filter(|item| !seen.contains(item.name.as_slice()))
-    {
-        report(
-            &item.name,
-            "presence",
-            type_name(item.kind).to_owned(),
-            "nothing".to_owned(),
-        );
+    let mut numbers: HashMap<&[u8], usize> = HashMap::new();
+    for item in expected {
+        let number = numbers.entry(&item.name).or_default();
+        *number += 1;
+        if *number > seen.get(item.name.as_slice()).copied().unwrap_or(0) {
+            report(
+                &item.name,
+                "presence",
+                type_name(item.kind).to_owned(),
+                "nothing".to_owned(),
+            );
+        }
     }
     // Compares the order of common entries. Only the first difference is reported, because further ones follow from it.
     let theirs = found
@@ -331,7 +445,7 @@ fn entries(expected: &[Item], found: &[(Entry, Option<Digest>)]) -> Vec<Differen
     let ours = expected
         .iter()
         .map(|item| item.name.as_slice())
-        .filter(|name| seen.contains(name));
+        .filter(|name| seen.contains_key(name));
     if let Some((a, b)) = ours.zip(theirs).find(|(a, b)| a != b) {
         report(
             b,
@@ -369,14 +483,12 @@ fn fields(
     );
     report("uid", item.uid.to_string(), entry.uid.to_string());
     report("gid", item.gid.to_string(), entry.gid.to_string());
+    let owners =
+        |user: &[u8], group: &[u8]| format!("{:?} {:?}", vis::encode(user), vis::encode(group));
     report(
         "owner names",
-        r#""" """#.to_owned(),
-        format!(
-            "{:?} {:?}",
-            vis::encode(&entry.uname),
-            vis::encode(&entry.gname)
-        ),
+        owners(&item.uname, &item.gname),
+        owners(&entry.uname, &entry.gname),
     );
     report(
         "size",
@@ -414,9 +526,23 @@ fn fields(
 }
 
 /// A reader that hashes what is read through it.
-struct HashingReader<R> {
+pub(super) struct HashingReader<R> {
     reader: R,
     hash: HashingWriter<io::Sink>,
+}
+
+impl<R: Read> HashingReader<R> {
+    pub(super) fn new(reader: R) -> Self {
+        Self {
+            reader,
+            hash: HashingWriter::new(io::sink()),
+        }
+    }
+
+    /// Returns the digest of what was read.
+    pub(super) fn digest(self) -> Digest {
+        self.hash.complete().1
+    }
 }
 
 impl<R: Read> Read for HashingReader<R> {
@@ -473,11 +599,7 @@ mod tests {
             lines("d/ mode=0700\nd/a content=ho xattr.user.k=v\nd/c\n")?,
             [
                 "d/: mode: expected 0700, found 0755",
-                &format!(
-                    "d/a: content: expected {}, found {}",
-                    Digest::of("ho"),
-                    Digest::of("hi")
-                ),
+                "d/a: content:\n--- expected\n+++ found\n@@ -1 +1 @@\n-ho\n\\ No newline at end of file\n+hi\n\\ No newline at end of file",
                 "d/a: xattr user.k: expected \"v\", found none",
                 "d/b: presence: expected nothing, found file",
                 "d/c: presence: expected file, found nothing",
@@ -487,13 +609,34 @@ mod tests {
             lines("d/\nd/b\nd/a content=hi\n")?,
             ["d/a: order: expected d/b here, found d/a"]
         );
+        // What is no text, or is not known, is shown by its digest.
+        for (content, digest) in [
+            ("base64=/wA=", Digest::of(b"\xff\0")),
+            (
+                &format!("size=2 sha256={}", Digest::of("ho").hex()),
+                Digest::of("ho"),
+            ),
+        ] {
+            assert_eq!(
+                lines(&format!("d/\nd/a {content}\nd/b"))?,
+                [format!(
+                    "d/a: content: expected {digest}, found {}",
+                    Digest::of("hi")
+                )]
+            );
+        }
+        assert_eq!(
+            lines("d/\nd/a\nd/b\nd/b\n")?[2..],
+            ["d/b: presence: expected file, found nothing",]
+        );
         Ok(())
     }
 
     #[test]
     fn the_examples_of_the_documentation_are_valid() -> Result<(), Box<dyn std::error::Error>> {
         let text = include_str!("../../../docs/validate.md");
-        let examples: Vec<&str> = text.split("```").skip(1).step_by(2).collect();
+        let blocks = text.split("```").skip(1).step_by(2);
+        let examples: Vec<&str> = blocks.filter(|block| block.starts_with('\n')).collect();
         assert_eq!(examples.len(), 3);
         for example in examples {
             let expected = Expected::parse(example)?;

@@ -29,6 +29,33 @@ pub(super) enum Base {
 
 #[allow(clippy::len_without_is_empty)] // a file is no collection
 impl Content {
+    /// Creates a content that is written as it is.
+    pub(crate) fn of_bytes(bytes: impl Into<Vec<u8>>) -> Self {
+        Self {
+            base: Base::Bytes(bytes.into()),
+            over: Vec::new(),
+        }
+    }
+
+    /// Creates a content of which only size and digest are known.
+    pub(crate) fn stated(size: u64, digest: Digest) -> Self {
+        Self {
+            base: Base::Stated {
+                size,
+                digest: Some(digest),
+            },
+            over: Vec::new(),
+        }
+    }
+
+    /// Returns the bytes if they are written as they are.
+    pub(crate) fn bytes(&self) -> Option<&[u8]> {
+        match &self.base {
+            Base::Bytes(bytes) if self.over.is_empty() => Some(bytes),
+            _ => None,
+        }
+    }
+
     /// Returns the length in bytes.
     pub fn len(&self) -> u64 {
         match &self.base {

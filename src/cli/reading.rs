@@ -1,0 +1,101 @@
+//! Reading images: threads, signals and registries of verbs that read, and nothing else.
+
+use std::io::{self, Read};
+
+use anyhow::Context;
+use tokio_util::sync::CancellationToken;
+
+use super::{args, options, signals};
+use crate::common::cancel::Cancelled;
+use crate::common::escape;
+use crate::save;
+use crate::save::source::{self, Image, LayerReader};
+use crate::store::destination::Target;
+use crate::store::registry::Registries;
+
+/// How long a cancelled verb waits for its threads, which remove their temporary files.
+const GRACE: std::time::Duration = std::time::Duration::from_secs(2);
+
+/// Runs `work` until a signal cancels. Credentials are for the registry of `target`, if it is in one.
+pub(super) fn run<T>(
+    registry: &args::Registry,
+    target: Option<&Target>,
+    work: impl AsyncFnOnce(&Registries, &CancellationToken) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let host = match target {
+        Some(Target::Registry(reference)) => Some(reference.host.clone()),
+        _ => None,
+    };
+    let registries = options::registries(registry, host)?;
+    let cancel = CancellationToken::new();
+    signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
+    let runtime = tokio::runtime::Runtime::new().context("cannot start the I/O threads")?;
+    let done = runtime.block_on(async {
+        tokio::select! {
+            done = work(&registries, &cancel) => done,
+            () = cancel.cancelled() => Err(Cancelled.into()),
+        }
+    });
+    // A thread may still read a layer.
+    if cancel.is_cancelled() {
+        runtime.shutdown_timeout(GRACE);
+        return Err(Cancelled.into());
+    }
+    runtime.shutdown_background();
+    done
+}
+
+/// Runs `work` in a thread in which it may block.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+) -> anyhow::Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|_| save::Error::Worker)?
+}
+
+/// Opens an image, named `name` in messages.
+pub(super) async fn open(
+    target: Target,
+    registries: &Registries,
+    name: &str,
+) -> Result<Image, save::Error> {
+    let name = escape::limited(name, 400);
+    source::open(target, registries)
+        .await
+        .map_err(|error| error.of(&name))
+}
+
+/// Returns the layers of an image, bottom first, whose reading ends with an error when `cancel` is set.
+pub(super) fn layers(
+    image: &Image,
+    name: &str,
+    cancel: &CancellationToken,
+) -> Result<Vec<LayerReader>, save::Error> {
+    let name = escape::limited(name, 400);
+    let layers = image.layers().map_err(|error| error.of(&name))?;
+    let cancellable = |layer: Box<dyn Read + Send>| -> Box<dyn Read + Send> {
+        Box::new(Cancellable {
+            layer,
+            cancel: cancel.clone(),
+        })
+    };
+    Ok(layers
+        .into_iter()
+        .map(|layer| layer.map(cancellable))
+        .collect())
+}
+
+struct Cancellable {
+    layer: Box<dyn Read + Send>,
+    cancel: CancellationToken,
+}
+
+impl Read for Cancellable {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if self.cancel.is_cancelled() {
+            return Err(io::Error::other(Cancelled));
+        }
+        self.layer.read(out)
+    }
+}
