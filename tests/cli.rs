@@ -471,6 +471,7 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
         include_str!("../docs/registries.md"),
         include_str!("../docs/saving.md"),
         include_str!("../docs/service.md"),
+        include_str!("../docs/validate.md"),
     ]
     .concat();
     let help = text(&upperdeck(&["--help"])?.stdout);
@@ -501,6 +502,7 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
     // Every flag that they name exists.
     let commit = text(&upperdeck(&["commit", "--help"])?.stdout);
     let layer = text(&upperdeck(&["layer", "--help"])?.stdout);
+    let validate = text(&upperdeck(&["validate", "--help"])?.stdout);
     let inspect = text(&upperdeck(&["inspect", "--help"])?.stdout);
     let ps = text(&upperdeck(&["ps", "--help"])?.stdout);
     let bench = text(&upperdeck(&["bench", "--help"])?.stdout);
@@ -521,7 +523,6 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
             "--release",
             "--no-default-features",
             "--path",
-            "--against",
             "--now",
             "--profile",
             "--uidmap",
@@ -530,8 +531,8 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
         assert!(
             foreign
                 || [
-                    &help, &commit, &layer, &inspect, &ps, &bench, &list, &remove, &prune, &submit,
-                    &manager, &agent, &up, &doctor, &setup,
+                    &help, &commit, &layer, &validate, &inspect, &ps, &bench, &list, &remove,
+                    &prune, &submit, &manager, &agent, &up, &doctor, &setup,
                 ]
                 .iter()
                 .any(|text| text.contains(flag)),

@@ -117,11 +117,12 @@ impl Task {
             Self::Write { file, tree, texts } => (file, tree, texts),
         };
         let specify = |out: &mut dyn Write| {
-            Ok::<_, anyhow::Error>(if tree {
+            if tree {
                 specify::tree(layers, texts, out)?;
             } else {
                 specify::layer(top(layers)?, texts, out)?;
-            })
+            }
+            Ok::<(), anyhow::Error>(())
         };
         match file {
             Some(file) => output::write(&file, FileMode::PRIVATE, |file| {

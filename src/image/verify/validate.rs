@@ -413,8 +413,7 @@ fn entries(expected: &[Item], found: &[(Entry, Option<Digest>)]) -> Vec<Differen
                 "presence",
                 match items.map_or(0, Vec::len) {
                     0 => "nothing".to_owned(),
-                    1 => "one entry".to_owned(),
-                    more => format!("{more} entries"),
+                    n => crate::common::message::count(n as u64, "entry", "entries"),
                 },
                 if *number == 1 {
                     entry.kind.as_str().to_owned()
