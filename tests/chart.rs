@@ -378,6 +378,63 @@ fn the_program_understands_the_settings_that_are_rendered() -> Outcome {
     Ok(())
 }
 
+/// Makes a copy of a program of this machine that says it is for aarch64.
+fn for_aarch64(program: &Path, copy: &Path) -> Outcome {
+    let mut bytes = fs::read(program)?;
+    // e_machine in the ELF header: EM_AARCH64.
+    bytes[18..20].copy_from_slice(&[0xb7, 0]);
+    Ok(fs::write(copy, bytes)?)
+}
+
+#[test]
+fn an_image_has_a_program_for_each_architecture_and_runs_as_a_user() -> Outcome {
+    let needs = ["busybox", "jq", "skopeo", "readelf"].map(support::Need::Program);
+    if support::ignored(&[&[support::Need::Root], &needs[..]].concat()) {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    // Programs that are linked statically; what they do is of no importance.
+    let busybox = support::find_program("busybox").ok_or("busybox")?;
+    let other = dir.path().join("other");
+    for_aarch64(&busybox, &other)?;
+    let image = format!("oci:{}", dir.path().join("image").display());
+    let make = |programs: &[&Path]| {
+        Command::new(root().join("deploy/image"))
+            .arg(&image)
+            .args(programs)
+            .env("UPPERDECK", env!("CARGO_BIN_EXE_upperdeck"))
+            .output()
+    };
+    let dynamic = make(&[Path::new(env!("CARGO_BIN_EXE_upperdeck"))])?;
+    let told = String::from_utf8_lossy(&dynamic.stderr).into_owned();
+    assert!(!dynamic.status.success() && told.contains("linked dynamically"), "{told}");
+    let made = make(&[&busybox, &other])?;
+    let told = String::from_utf8_lossy(&made.stderr);
+    assert!(made.status.success(), "{told}");
+    let mut programs = BTreeSet::new();
+    for arch in ["amd64", "arm64"] {
+        let copy = format!("dir:{}", dir.path().join(arch).display());
+        let from = format!("{image}:latest");
+        let mut skopeo = Command::new("skopeo");
+        skopeo.args(["--override-arch", arch]);
+        let copied = skopeo.args(["copy", "--quiet", &from, &copy]).output()?;
+        let told = String::from_utf8_lossy(&copied.stderr);
+        assert!(copied.status.success(), "{arch}: {told}");
+        let file = |name: &str| fs::read(dir.path().join(arch).join(name));
+        let manifest: Value = serde_json::from_slice(&file("manifest.json")?)?;
+        let blob = |descriptor: &Value| {
+            let digest = descriptor["digest"].as_str().unwrap_or_default();
+            file(digest.trim_start_matches("sha256:"))
+        };
+        let config: Value = serde_json::from_slice(&blob(&manifest["config"])?)?;
+        assert_eq!(config["architecture"], arch);
+        assert_eq!(config["config"]["User"], "65532:65532");
+        programs.insert(blob(&manifest["layers"][0])?);
+    }
+    assert_eq!(programs.len(), 2, "each has its own program");
+    Ok(())
+}
+
 #[test]
 fn helm_finds_nothing_to_say() -> Outcome {
     let Some(helm) = helm() else { return Ok(()) };
