@@ -378,6 +378,55 @@ fn the_program_understands_the_settings_that_are_rendered() -> Outcome {
     Ok(())
 }
 
+/// An API server checks more than a schema does: names, ports, references between fields.
+#[test]
+fn an_api_server_takes_what_is_rendered() -> Outcome {
+    let Some(cluster) = std::env::var_os("UPPERDECK_TEST_CLUSTER").map(PathBuf::from) else {
+        support::ignore("UPPERDECK_TEST_CLUSTER does not name the directory of a cluster");
+        return Ok(());
+    };
+    let Some(helm) = helm() else { return Ok(()) };
+    let presets = PRESETS.map(|(preset, _)| vec![format!("preset={preset}")]);
+    let all = [
+        "record.postgres=postgres://u@db/upperdeck",
+        "manager.replicas=3",
+        "ingress.enabled=true",
+        "ingress.host=save.example.org",
+        "redis.url=rediss://redis.example.org",
+        "agent.nodeKeys.source=secret",
+        "agent.nodeKeys.existingSecret=nodes",
+        "kubernetesAuth.enabled=true",
+    ];
+    let all = all.map(str::to_owned).to_vec();
+    for set in presets.into_iter().chain([all]) {
+        let set: Vec<&str> = [IMAGE, TARGET]
+            .into_iter()
+            .chain(set.iter().map(String::as_str))
+            .collect();
+        let output = template(&helm, &set)?;
+        assert!(output.status.success(), "{set:?}");
+        let text =
+            String::from_utf8(output.stdout)?.replace("namespace: upperdeck", "namespace: default");
+        let file = tempfile::NamedTempFile::new()?;
+        fs::write(file.path(), text)?;
+        let applied = Command::new(cluster.join("bin/kubectl"))
+            .args([
+                "--namespace",
+                "default",
+                "create",
+                "--dry-run=server",
+                "--validate=strict",
+                "-f",
+            ])
+            .arg(file.path())
+            .env("KUBECONFIG", cluster.join("admin.conf"))
+            .output()?;
+        let told = String::from_utf8_lossy(&applied.stderr);
+        assert!(applied.status.success(), "{set:?}: {told}");
+    }
+    Ok(())
+}
+
 /// Makes a copy of a program of this machine that says it is for aarch64.
 fn for_aarch64(program: &Path, copy: &Path) -> Outcome {
     let mut bytes = fs::read(program)?;
@@ -407,7 +456,10 @@ fn an_image_has_a_program_for_each_architecture_and_runs_as_a_user() -> Outcome 
     };
     let dynamic = make(&[Path::new(env!("CARGO_BIN_EXE_upperdeck"))])?;
     let told = String::from_utf8_lossy(&dynamic.stderr).into_owned();
-    assert!(!dynamic.status.success() && told.contains("linked dynamically"), "{told}");
+    assert!(
+        !dynamic.status.success() && told.contains("linked dynamically"),
+        "{told}"
+    );
     let made = make(&[&busybox, &other])?;
     let told = String::from_utf8_lossy(&made.stderr);
     assert!(made.status.success(), "{told}");

@@ -308,11 +308,16 @@ pub(super) fn index_default() -> bool {
     read_file(&parameter, 16).is_ok_and(|value| value.starts_with(b"Y"))
 }
 
-/// Returns whether the file does not exist, or the process ended after the file was opened (ESRCH).
+/// Returns whether the file does not exist, or the process ended after the file was opened (ESRCH), or it has given up its
+/// namespaces and is about to be a zombie (EINVAL for its mounts; kernel `fs/proc_namespace.c`, `mounts_open_common`).
 fn is_gone(error: &Error) -> bool {
-    let ended = rustix::io::Errno::SRCH.raw_os_error();
+    let Error::Io { path, source } = error else {
+        return error.is_not_found();
+    };
+    let is = |errno: rustix::io::Errno| source.raw_os_error() == Some(errno.raw_os_error());
     error.is_not_found()
-        || matches!(error, Error::Io { source, .. } if source.raw_os_error() == Some(ended))
+        || is(rustix::io::Errno::SRCH)
+        || (is(rustix::io::Errno::INVAL) && path.ends_with("mountinfo"))
 }
 
 /// Parses lines of three numbers. The identity mapping of all IDs is returned as an empty map.
@@ -476,6 +481,25 @@ mod tests {
                 "{error}"
             );
         }
+    }
+
+    #[test]
+    fn a_process_that_gives_up_its_namespaces_is_gone() -> Result<(), Box<dyn std::error::Error>> {
+        let roots = Roots::default();
+        // It is not waited for yet, so it stays a zombie.
+        let mut child = std::process::Command::new("true").spawn()?;
+        while start_of(&roots, child.id())?.is_some() {
+            std::thread::yield_now();
+        }
+        let path = roots.proc(&format!("{}/mountinfo", child.id()));
+        let error = File::open(path)
+            .err()
+            .and_then(|error| error.raw_os_error());
+        assert_eq!(error, Some(rustix::io::Errno::INVAL.raw_os_error()));
+        let mounts = mounts_of(&roots, child.id());
+        child.wait()?;
+        assert!(mounts?.is_none());
+        Ok(())
     }
 
     #[test]
