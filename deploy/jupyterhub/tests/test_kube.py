@@ -64,8 +64,8 @@ class Api:
             raise error
         self.secrets[namespace, name] = body
 
-    async def replace_namespaced_secret(self, name: str, namespace: str, body: dict[str, Any]) -> None:
-        self.secrets[namespace, name] = body
+    async def delete_namespaced_secret(self, name: str, namespace: str) -> None:
+        del self.secrets[namespace, name]
 
 
 class Spawner(UpperdeckKubeSpawner):
