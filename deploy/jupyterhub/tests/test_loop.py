@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import hmac
+import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import requests
-from browser import Browser
-from lab import Lab, until
-from person import PASSWORD, Person, Session
 from selenium.webdriver.common.keys import Keys
 
+from browser import Browser
 from jupyterhub_upperdeck import owner_of
+from lab import Lab, until
+from person import PASSWORD, Person, Session
 
 NEEDED = ["podman", "skopeo", "docker-registry", "redis-server", "chromium", "chromedriver", "node", "debootstrap"]
 # A name that is no component of a repository's path.
@@ -31,7 +35,7 @@ def missing() -> str | None:
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
     if reason := missing():
-        pytest.skip(reason)
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
     made = Lab()
     yield made
     made.close()
@@ -63,6 +67,16 @@ def enter(browser: Browser, lab: Lab, name: str) -> None:
     until("the login", lambda: "/hub/login" not in browser.driver.current_url)
 
 
+def signed_with_a_text(claims: dict[str, Any], secret: str) -> str:
+    """Returns a token with HS256 and a public text as its secret, which jwt itself refuses to make."""
+
+    def encode(data: bytes) -> str:
+        return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+    head = encode(b'{"alg":"HS256","typ":"JWT"}') + "." + encode(json.dumps(claims).encode())
+    return f"{head}.{encode(hmac.digest(secret.encode(), head.encode(), 'sha256'))}"
+
+
 class TestLoop:
     """The tests follow each other: each goes on from where the one before ended."""
 
@@ -82,7 +96,8 @@ class TestLoop:
         browser.click(".jp-Terminal .xterm-screen")
         # The shell sets the title of the tab; what is written before it has begun is lost.
         browser.see("researcher@")
-        install = "/opt/venv/bin/pip install --no-index /var/tmp/upperdeck-hub-*/wheels/greeting*.whl && echo kept > ~/note.txt"
+        wheel = "/var/tmp/upperdeck-hub-*/wheels/greeting*.whl"
+        install = f"/opt/venv/bin/pip install --no-index {wheel} && echo kept > ~/note.txt"
         browser.find(".jp-Terminal")
         browser.type(".xterm-helper-textarea", install + Keys.ENTER)
         until("the package is installed", lambda: "note.txt" in session.shell("ls ~"))
@@ -238,7 +253,7 @@ class TestLoop:
             mine.token,
             jwt.encode(claims, Ed25519PrivateKey.generate(), algorithm="EdDSA"),
             jwt.encode(claims, "", algorithm="none"),
-            jwt.encode(claims, public, algorithm="HS256"),
+            signed_with_a_text(claims, public),
         ]
         for token in tokens:
             for kind in ("Bearer", "token"):
@@ -271,6 +286,7 @@ class TestLoop:
         )
         assert stop.status_code in (202, 204), stop.text
         until("the stop", alice.stopped)
+        alice.enter_portal()
         images = alice.portal("GET", "api/v1/images").json()["images"]
         assert "Saved when the server stopped" in [one.get("message") for one in images]
         page = alice.spawn_page()
@@ -284,8 +300,8 @@ class TestLoop:
         assert lab.podman("ps", "--all", "--quiet") == ""
         page = bob.spawn_page()
         assert "Not saved: it took longer than 6 s" in page
-        images = bob.portal("GET", "api/v1/images").json()["images"]
-        assert images == []
+        bob.enter_portal()
+        assert bob.portal("GET", "api/v1/images").json()["images"] == []
         browser.go(f"{lab.hub}/hub/spawn")
         browser.see("Last stop")
         browser.shot("12-spawn-page-after-the-cull")

@@ -7,9 +7,10 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from traitlets.config import Config
+
 from jupyterhub_upperdeck.kube import UpperdeckKubeSpawner
 from jupyterhub_upperdeck.pull import PullSecrets
-from traitlets.config import Config
 
 TREE = Path(__file__).resolve().parents[3]
 CHART = TREE.parent / "shared/z2jh"
