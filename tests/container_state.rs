@@ -5,8 +5,11 @@
 
 #[path = "container_state/database.rs"]
 mod database;
+#[path = "container_state/ended.rs"]
+mod ended;
 #[path = "container_state/mapped.rs"]
 mod mapped;
+
 #[allow(dead_code, reason = "each test program uses its part")]
 #[path = "support/mod.rs"]
 mod support;
@@ -20,8 +23,8 @@ use tempfile::TempDir;
 use upperdeck::common::digest::{ChainId, DiffId, Digest};
 use upperdeck::common::failure::FailureKind;
 use upperdeck::node::container::{
-    Container, ContainerdRoot, Error, Roots, Runtime, StorageRoot, TableSource, bolt, find, list,
-    prove_base, recheck,
+    Container, ContainerdRoot, Error, Roots, Running, Runtime, StorageRoot, TableSource, bolt,
+    find, list, prove_base, recheck,
 };
 use upperdeck::node::overlay::xattr::Namespace;
 
@@ -193,13 +196,17 @@ fn crio_node() -> Option<Node> {
     Some(node)
 }
 
+fn running(container: &Container) -> &Running {
+    container.running().unwrap()
+}
+
 /// Asserts what both recordings have in common: the same pod of the same image.
 fn assert_pod(node: &Node, id: &str, pid: u32) -> Container {
     let listing = list(&node.roots);
     assert_eq!(listing.problems, []);
     assert_eq!(listing.containers.len(), 1);
     let container = listing.containers[0].clone();
-    assert_eq!((container.id.as_str(), container.pid), (id, pid));
+    assert_eq!((container.id.as_str(), running(&container).pid), (id, pid));
     let pod = container.pod.as_ref().unwrap();
     assert_eq!(
         (
@@ -453,8 +460,8 @@ fn a_stopped_container_is_known_as_stopped() -> Outcome {
     Ok(())
 }
 
-/// A full name or ID of a stopped container is meant before a running container's ID that begins with it, and the same
-/// name in two runtimes is ambiguous even if one of the two has stopped.
+/// A full name or ID of a stopped container is meant before a running container's ID that begins with it. Of one name in
+/// two runtimes the running container is meant.
 #[test]
 fn a_stopped_container_is_not_mistaken_for_a_running_one() -> Outcome {
     let (node, _) = docker_node()?;
@@ -471,16 +478,15 @@ fn a_stopped_container_is_not_mistaken_for_a_running_one() -> Outcome {
     assert!(stopped(&node, "175b").contains("175b (cccccccccccc) is stopped"));
     assert_eq!(find(&node.roots, "175bc")?.id, DOCKER_ID);
     add_stopped(&"d".repeat(64), "lab")?;
-    let error = find(&node.roots, "lab").unwrap_err();
-    assert!(matches!(error, Error::Ambiguous { .. }), "{error}");
-    let message = error.to_string();
-    for label in ["lab (175bcd10f408)", "lab (dddddddddddd) (stopped)"] {
-        assert!(message.contains(label), "{message}");
-    }
+    assert_eq!(find(&node.roots, "lab")?.id, DOCKER_ID);
     // A prefix of both.
     add_stopped(&format!("175bcd10{}", "e".repeat(56)), "other")?;
     let error = find(&node.roots, "175bcd10").unwrap_err();
     assert!(matches!(error, Error::Ambiguous { .. }), "{error}");
+    let message = error.to_string();
+    for label in ["lab (175bcd10f408)", "other (175bcd10eeee) (stopped)"] {
+        assert!(message.contains(label), "{message}");
+    }
     assert_eq!(find(&node.roots, DOCKER_ID)?.id, DOCKER_ID);
     Ok(())
 }
@@ -624,7 +630,7 @@ fn a_root_that_the_runtime_did_not_make_is_refused() -> Outcome {
         let proc = format!("proc/{pid}/mountinfo");
         let honest = fs::read_to_string(node.path(&proc))?;
         node.mkdir("etc")?;
-        let (major, minor) = container.root.device;
+        let (major, minor) = running(&container).root.device;
         let device = format!("{major}:{minor} / / ");
         assert!(honest.contains(&device));
         let other = honest.replacen(&device, "0:9999 / / ", 1);
@@ -718,7 +724,7 @@ fn what_a_container_mounts_in_a_shared_volume_is_not_the_nodes_word() -> Outcome
     ] {
         let Some(node) = node else { continue };
         let honest = fs::read_to_string(node.path("proc/1/mountinfo"))?;
-        let (major, minor) = find(&node.roots, id)?.root.device;
+        let (major, minor) = running(&find(&node.roots, id)?).root.device;
         node.mkdir("etc")?;
         node.mkdir("srv/shared")?;
         let device = format!(" {major}:{minor} / ");
@@ -813,7 +819,7 @@ fn the_monitors_table_has_what_the_nodes_has_not() -> Outcome {
     let found = find(&node.roots, CRIO_ID)?;
     assert_eq!(found.overlay, container.overlay);
     assert_eq!(
-        found.root.source,
+        running(&found).root.source,
         TableSource::Monitor { pid: 600, start: 4 }
     );
     recheck(&node.roots, &found)?;
@@ -938,7 +944,10 @@ fn lowers_without_a_name_come_from_the_records() -> Outcome {
     assert!(container.overlay.id_mapped.is_empty());
     // A pod with `hostUsers: false`: its lowers were mounted ID-mapped.
     for map in ["uid_map", "gid_map"] {
-        node.write(&format!("proc/{}/{map}", container.pid), "0 100000 65536\n")?;
+        node.write(
+            &format!("proc/{}/{map}", running(&container).pid),
+            "0 100000 65536\n",
+        )?;
     }
     let of_pod = find(&node.roots, CONTAINERD_ID)?.overlay;
     assert_eq!(of_pod.id_mapped, of_pod.lowers[..1]);
@@ -1044,14 +1053,14 @@ fn another_process_with_the_same_number_is_not_the_container() -> Outcome {
         let Some(node) = node else { continue };
         let container = find(&node.roots, id)?;
         let mountinfo = fs::read(node.path(&format!("proc/{pid}/mountinfo")))?;
-        node.process(pid, container.pid_start + 1, &mountinfo, IDENTITY)?;
+        node.process(pid, running(&container).pid_start + 1, &mountinfo, IDENTITY)?;
         assert!(matches!(
             recheck(&node.roots, &container),
             Err(Error::Gone { .. })
         ));
         node.process(
             pid,
-            container.pid_start,
+            running(&container).pid_start,
             b"1 0 0:1 / / rw - ext4 /dev/sda rw\n",
             IDENTITY,
         )?;

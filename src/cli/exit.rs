@@ -14,7 +14,7 @@ pub(crate) enum Exit {
     Failed = 1,
     /// The command line is invalid.
     Usage = 2,
-    /// The container does not exist or has ended.
+    /// The container does not exist, ended during the save, or was removed.
     NoContainer = 66,
     /// The base image could not be proven or is not available.
     Base = 69,
@@ -32,7 +32,10 @@ impl Exit {
         (Self::Saved, "saved (or done)"),
         (Self::Failed, "failed for good"),
         (Self::Usage, "usage: the command line is wrong"),
-        (Self::NoContainer, "no such container, or it ended"),
+        (
+            Self::NoContainer,
+            "no such container, it ended during the save, or it was removed while it was read",
+        ),
         (Self::Base, "base image or root unproven, or unavailable"),
         (
             Self::Retry,

@@ -144,6 +144,7 @@ impl Commit {
         let background = background(args.background.floor(), &args.memory, host_root);
         let options = save::Options {
             container: args.container,
+            attempt: args.attempt.into(),
             destination: args.destination,
             author: args.author,
             replaceable,

@@ -24,7 +24,12 @@ use crate::save;
 use crate::save::event::{Event, Observer};
 
 pub(super) fn ps(roots: &Roots, args: &args::Ps) -> anyhow::Result<()> {
-    let listing = container::list(roots);
+    let mut listing = container::list(roots);
+    if args.all {
+        let (containers, problems) = container::list_ended(roots);
+        listing.containers.extend(containers);
+        listing.problems.extend(problems);
+    }
     let (denied, others): (Vec<_>, Vec<_>) =
         listing.problems.into_iter().partition(|p| p.permission);
     for problem in &others {
@@ -36,7 +41,7 @@ pub(super) fn ps(roots: &Roots, args: &args::Ps) -> anyhow::Result<()> {
     });
     let views: Vec<_> = views.collect();
     print(args.format, views.as_slice(), |containers| {
-        view::ps_table(containers, args.no_trunc)
+        view::ps_table(containers, args.no_trunc, args.all)
     })?;
     if denied.is_empty() {
         return Ok(());
@@ -55,7 +60,8 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
     // Before threads are created, because they inherit the cgroup and priority of their creator.
     let host_root = roots.host_root.as_deref();
     let _background = options::background(args.background.floor(), &args.memory, host_root);
-    let container = container::find(roots, &args.container).map_err(save::Error::from)?;
+    let container = container::find_any(roots, &args.container, args.attempt.into())
+        .map_err(save::Error::from)?;
     let base = container::prove_base(roots, &container).map_err(|error| error.to_string());
     let usage = scan::usage(&container.overlay.upper).ok();
     let mut view = view::InspectView::new(
@@ -112,7 +118,8 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
 
 /// Lists changes: D for whiteouts, C for paths that exist in the base, A for others.
 pub(super) fn diff(roots: &Roots, args: &args::Diff) -> anyhow::Result<()> {
-    let container = container::find(roots, &args.container).map_err(save::Error::from)?;
+    let container = container::find_any(roots, &args.container, args.attempt.into())
+        .map_err(save::Error::from)?;
     let scan = save::Rules::default().scan(
         &container,
         &[],

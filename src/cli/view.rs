@@ -1,6 +1,8 @@
 //! The output of `ps`, `inspect` and `diff`. Its JSON form is a stable interface, hence these types instead of internal
 //! ones.
 
+mod end;
+
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -11,6 +13,7 @@ use crate::common::escape::{limited, text as escaped};
 use crate::image::packages::Packages;
 use crate::node::container::{Base, Container, IdMapping, Pod, Runtime};
 use crate::save::{NextKind, NextSave};
+use end::EndView;
 
 /// Length of a shortened ID in a table, as in `docker ps`.
 const SHORT_ID: usize = 12;
@@ -34,8 +37,10 @@ pub(crate) struct ContainerView {
     pub(crate) pod: Option<Pod>,
     /// Image as recorded by the runtime.
     pub(crate) image: Option<String>,
-    /// PID of the first process.
-    pub(crate) pid: u32,
+    /// PID of the first process, if it runs.
+    pub(crate) pid: Option<u32>,
+    /// How it ended, if it does not run.
+    pub(crate) ended: Option<EndView>,
     /// Allocated bytes of the upper directory.
     pub(crate) upper_bytes: Option<u64>,
 }
@@ -50,7 +55,8 @@ impl ContainerView {
             namespace: container.namespace.clone(),
             pod: container.pod.clone(),
             image: container.image_name.clone(),
-            pid: container.pid,
+            pid: container.running().map(|running| running.pid),
+            ended: container.ended().map(|ended| EndView::new(&ended.end)),
             upper_bytes,
         }
     }
@@ -72,8 +78,8 @@ impl ContainerView {
 }
 
 /// Formats `ps` as a table.
-pub(crate) fn ps_table(containers: &[ContainerView], no_trunc: bool) -> String {
-    let header = [
+pub(crate) fn ps_table(containers: &[ContainerView], no_trunc: bool, all: bool) -> String {
+    let mut header = vec![
         ("RUNTIME", Align::Left),
         ("ID", Align::Left),
         ("NAME", Align::Left),
@@ -81,8 +87,11 @@ pub(crate) fn ps_table(containers: &[ContainerView], no_trunc: bool) -> String {
         ("PID", Align::Right),
         ("CHANGES", Align::Right),
     ];
+    if all {
+        header.push(("STATUS", Align::Left));
+    }
     let row = |view: &ContainerView| {
-        vec![
+        let mut row = vec![
             view.runtime.name().to_owned(),
             if no_trunc {
                 view.id.clone()
@@ -91,9 +100,15 @@ pub(crate) fn ps_table(containers: &[ContainerView], no_trunc: bool) -> String {
             },
             view.name(),
             view.image.clone().unwrap_or_else(|| "-".to_owned()),
-            view.pid.to_string(),
+            view.pid
+                .map_or_else(|| "-".to_owned(), |pid| pid.to_string()),
             text::bytes(view.upper_bytes),
-        ]
+        ];
+        if all {
+            let status = view.ended.as_ref().map(EndView::status);
+            row.push(status.unwrap_or_else(|| "running".to_owned()));
+        }
+        row
     };
     text::table(&header, &containers.iter().map(row).collect::<Vec<_>>())
 }
@@ -253,7 +268,11 @@ impl InspectView {
         add("ID", container.id.clone());
         add("Runtime", container.runtime.name().to_owned());
         add("Name", container.name());
-        add("PID", container.pid.to_string());
+        match (container.pid, &container.ended) {
+            (Some(pid), _) => add("PID", pid.to_string()),
+            (None, Some(end)) => add("Status", end.status()),
+            (None, None) => {}
+        }
         add(
             "Image",
             container.image.clone().unwrap_or_else(|| "-".to_owned()),
@@ -430,7 +449,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::node::container::{BaseLayer, MountPoint, RawManifest};
+    use crate::node::container::{BaseLayer, End, Life, MountPoint, RawManifest, Running};
     use crate::node::overlay::mount::OverlayMount;
     use crate::node::overlay::xattr::Namespace;
 
@@ -446,9 +465,11 @@ mod tests {
                 container: "notebook".into(),
                 uid: None,
             }),
-            pid: 42,
-            pid_start: 7,
-            root: crate::node::container::RootMount::default(),
+            life: Life::Running(Running {
+                pid: 42,
+                pid_start: 7,
+                ..Running::default()
+            }),
             overlay: OverlayMount {
                 upper: OsStr::from_bytes(b"/u\xff").into(),
                 lowers: vec!["/l".into()],
@@ -529,14 +550,27 @@ containerd  abababababab  jupyter/nb-0/notebook  registry.example/nb:1   42  3.1
 docker      abababababab  web                    -                       42        -
 process     pid:42        -                      registry.example/nb:1   42      0 B
 ";
-        assert_eq!(ps_table(&views, false), expected);
-        assert!(ps_table(&views, true).contains(&"ab".repeat(32)));
+        assert_eq!(ps_table(&views, false, false), expected);
+        assert!(ps_table(&views, true, false).contains(&"ab".repeat(32)));
         let expected = json!({
             "runtime": "containerd", "id": "ab".repeat(32), "names": [], "namespace": "k8s.io",
             "pod": {"namespace": "jupyter", "name": "nb-0", "container": "notebook", "uid": null},
-            "image": "registry.example/nb:1", "pid": 42, "upper_bytes": 3 << 20,
+            "image": "registry.example/nb:1", "pid": 42, "ended": null, "upper_bytes": 3 << 20,
         });
         assert_eq!(serde_json::to_value(&views[0])?, expected);
+        let mut gone = ContainerView::new(&plain, None);
+        gone.pid = None;
+        gone.ended = Some(EndView::new(&End {
+            exit_code: Some(137),
+            out_of_memory: true,
+            ..End::default()
+        }));
+        let table = ps_table(&[gone], false, true);
+        assert!(
+            table.ends_with("  ended: exit code 137, out of memory\n"),
+            "{table}"
+        );
+        assert!(ps_table(&views, false, true).contains("  running\n"));
         Ok(())
     }
 

@@ -505,6 +505,7 @@ fn save(
 ) -> Result<(Saved, Vec<String>), Error> {
     let options = save::Options {
         container: format!("pid:{}", stage.container.pid),
+        attempt: container::Attempt::Current,
         destination,
         author: None,
         replaceable: None,

@@ -66,6 +66,11 @@ pub(crate) struct Delivered {
 }
 
 impl Delivered {
+    /// Returns whether it was made again from a directory.
+    pub(super) fn is_remade(&self) -> bool {
+        matches!(self.origin, Origin::Remade)
+    }
+
     pub(super) fn layer(&self) -> manifest::Layer {
         manifest::Layer {
             descriptor: descriptor(&self.media_type, self.digest, self.size),

@@ -1,7 +1,7 @@
 //! Finds what this node kept of the last save of a container, decides whether the next one can be made on top of it,
 //! and keeps the next one.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use super::{CapturedTrees, Context, Error, Options, Rules, base};
 use crate::common::digest::{ChainId, Digest};
 use crate::image::manifest;
 use crate::layer::scan::Stored;
-use crate::node::container::{Base, BaseLayer, Container, Volume};
+use crate::node::container::{Base, BaseLayer, Container, MountPoint, Volume};
 use crate::save::state_store::{Description, Layer, Lock, Store, StoredSave, TreeState, Unusable};
 use crate::store::destination::{Destination, Target};
 
@@ -62,12 +62,9 @@ pub(super) async fn find(
         previous: None,
         missing: Vec::new(),
     };
-    // A scan of a running container is no basis for another save.
-    let Some(dir) = options
-        .state_dir
-        .as_ref()
-        .filter(|_| options.pause != super::Pause::None)
-    else {
+    // A scan of a container that runs meanwhile is no basis for another save.
+    let stands_still = options.pause != super::Pause::None || container.ended().is_some();
+    let Some(dir) = options.state_dir.as_ref().filter(|_| stands_still) else {
         return Ok(earlier);
     };
     let store = Store::new(dir);
@@ -310,6 +307,19 @@ fn unreadable(path: &Path, source: std::io::Error) -> Error {
     })
 }
 
+/// Returns the mount points without those below a mount of the runtime, which hides them in any case. Of those, the
+/// kernel's list has more than the runtime's record, by which a container is saved that has ended.
+fn outermost(container: &Container) -> Vec<&Path> {
+    let hides = |outer: &MountPoint, inner: &Path| {
+        !outer.volume && inner != outer.destination && inner.starts_with(&outer.destination)
+    };
+    let all = container.mounts.iter();
+    let points = all.map(|mount| mount.destination.as_path());
+    points
+        .filter(|inner| !container.mounts.iter().any(|outer| hides(outer, inner)))
+        .collect()
+}
+
 /// Returns a digest over everything that a scan and its layers depend on.
 #[allow(
     clippy::unnecessary_debug_formatting,
@@ -328,11 +338,7 @@ pub(super) fn fingerprint(
     let overlay = &container.overlay;
     let rules = granted.rules;
     let diff_ids: Vec<_> = base.layers.iter().map(|layer| layer.diff_id).collect();
-    let mounts: Vec<&PathBuf> = container
-        .mounts
-        .iter()
-        .map(|mount| &mount.destination)
-        .collect();
+    let mounts = outermost(container);
     // A different directory may have been mounted at the same path.
     let volume = |volume: &Volume| {
         let stat = volume.opened.root().stat(volume.opened.at());

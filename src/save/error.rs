@@ -79,6 +79,17 @@ pub enum Error {
         /// The limit in milliseconds.
         limit_ms: f64,
     },
+    /// Files of a container that has ended were modified.
+    #[error(
+        "files of container {container}, which has ended, were changed while they were read, e.g. {path}: a program outside \
+         the container writes to them; nothing was saved"
+    )]
+    ChangedWhileRead {
+        /// ID of the container.
+        container: String,
+        /// Path in the container, escaped.
+        path: String,
+    },
     /// The kernel did not return data about the container's processes in time, because one of the processes blocks it.
     #[error(
         "{what} cannot be read within {seconds} s: a process of the container is blocked in the kernel, probably by a file system that does not respond; nothing was saved"
@@ -139,6 +150,7 @@ impl Error {
             | Self::Report { .. }
             | Self::PausedTooLong { .. }
             | Self::Unanswered { .. }
+            | Self::ChangedWhileRead { .. }
             | Self::ImageUnreadable { .. }
             | Self::Worker => FailureKind::Final,
         }
@@ -147,6 +159,11 @@ impl Error {
     /// Returns whether the destination failed, not the source, and the save may succeed when it is repeated.
     pub(super) fn is_transient_at_destination(&self) -> bool {
         matches!(self, Self::Destination(_)) && self.kind() == FailureKind::Retryable
+    }
+
+    /// Returns whether the container had ended and has a process by now, so that it can be saved as one that runs.
+    pub(super) fn was_started_again(&self) -> bool {
+        matches!(self, Self::Container(container::Error::StartedAgain { .. }))
     }
 
     /// Returns a stable name in snake case, for `--progress json` and the service.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{Context, Error, Options, Pause};
-use crate::node::container::Container;
+use crate::node::container::{Container, Running};
 use crate::node::freeze::{self, Frozen};
 
 /// Interval of looks for the end of another save's freeze.
@@ -55,14 +55,15 @@ pub(super) async fn freeze(
     if options.pause == Pause::None {
         return Ok(None);
     }
+    let running = container.require_running()?;
     let how = freeze::Options {
         host_root: context.roots.host_root.clone(),
         max_duration: options.max_pause.filter(|bound| !bound.is_zero()),
         mark: options.freeze_mark.clone(),
         ..freeze::Options::default()
     };
-    let claim = claim(context, container, &how).await?;
-    let frozen = run_in_place(|| freeze::freeze(container.pid, Some(container.pid_start), &how))?;
+    let claim = claim(context, running, &how).await?;
+    let frozen = run_in_place(|| freeze::freeze(running.pid, Some(running.pid_start), &how))?;
     if !frozen.processes_outside().is_empty() {
         let pids = frozen
             .processes_outside()
@@ -86,12 +87,12 @@ pub(super) async fn freeze(
 /// Claims the container's freezer. Returns `None` if there is no place for claims.
 pub(super) async fn claim(
     context: &Context,
-    container: &Container,
+    running: &Running,
     how: &freeze::Options,
 ) -> Result<Option<freeze::Claim>, Error> {
     let mut told = false;
     loop {
-        match freeze::claim(container.pid, Some(container.pid_start), how)? {
+        match freeze::claim(running.pid, Some(running.pid_start), how)? {
             freeze::Claimed::Held(claim) => return Ok(Some(claim)),
             freeze::Claimed::Nowhere => return Ok(None),
             freeze::Claimed::Busy => {}

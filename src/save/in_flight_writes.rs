@@ -33,7 +33,8 @@ pub(super) async fn write_modes(
     context: &Context,
     container: &Container,
 ) -> Result<WriteModes, Error> {
-    let (pid, host_root) = (container.pid, context.roots.host_root.clone());
+    let pid = container.require_running()?.pid;
+    let host_root = context.roots.host_root.clone();
     let look = move || {
         let look = move || freeze::write_modes(pid, host_root.as_deref());
         mapped::with_timeout(mapped::LISTING_TIMEOUT, look).unwrap_or(Ok(ANY))
@@ -51,6 +52,15 @@ pub(super) fn prepare_running(plans: Vec<Plan>, volumes: &[Volume], ways: WriteM
         max_wait: RUNNING_TIMEOUT,
     };
     with_writers(plans, volumes, writers)
+}
+
+/// Prepares plans of a container without processes.
+pub(super) fn prepare_ended(plans: Vec<Plan>) -> Vec<Plan> {
+    let nothing = WriteModes {
+        direct: false,
+        asynchronous: false,
+    };
+    prepare_frozen(plans, &[], nothing, None)
 }
 
 /// Prepares plans that are read while the container is frozen, for at most `bound`. Synchronous direct writes have

@@ -436,13 +436,14 @@ fn pause_too_long(bound: Duration) -> Error {
 
 /// Checks that the container can be frozen, before anything is delivered.
 pub(super) fn check(context: &Context, container: &Container) -> Result<(), Error> {
+    let running = container.require_running()?;
     let how = crate::node::freeze::Options {
         host_root: context.roots.host_root.clone(),
         ..crate::node::freeze::Options::default()
     };
     Ok(crate::node::freeze::can_be_frozen(
-        container.pid,
-        Some(container.pid_start),
+        running.pid,
+        Some(running.pid_start),
         &how,
     )?)
 }

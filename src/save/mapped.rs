@@ -137,11 +137,12 @@ fn find(
     container: &Container,
     volumes: &[Volume],
 ) -> Result<FoundFiles, Error> {
+    let pid = container.require_running()?.pid;
     let upper =
         Root::open(&container.overlay.upper).map_err(|source| unreadable(container, source))?;
     let device = |dev: u64| (rustix::fs::major(dev), rustix::fs::minor(dev));
     let proc = host_root.unwrap_or(Path::new("/")).join("proc");
-    let root = device_of(&proc.join(container.pid.to_string()).join("root"));
+    let root = device_of(&proc.join(pid.to_string()).join("root"));
     // Kernels differ in whose device numbers the list shows: the overlay's, or those of the underlying file.
     let mut devices = vec![device(
         fs::metadata(&container.overlay.upper)
@@ -150,7 +151,7 @@ fn find(
     )];
     devices.extend(root);
     let (mut files, mut unresolved) = (HashMap::new(), None);
-    for mapping in freeze::shared_mappings(container.pid, host_root)? {
+    for mapping in freeze::shared_mappings(pid, host_root)? {
         if let Some((number, volume)) = volume_of(volumes, container, &mapping) {
             match open_mapped_file(volume.opened.root(), &mapping) {
                 Some((ino, file)) => {

@@ -2,6 +2,7 @@
 
 mod base;
 mod earlier;
+mod ended;
 mod error;
 pub(crate) mod event;
 mod frozen;
@@ -83,6 +84,8 @@ pub(crate) enum Pause {
 pub(crate) struct Options {
     /// CONTAINER as the user wrote it.
     pub(crate) container: String,
+    /// Which run of the container is meant.
+    pub(crate) attempt: container::Attempt,
     /// DESTINATION as the user wrote it.
     pub(crate) destination: String,
     /// Author for the history entry and the config.
@@ -181,7 +184,7 @@ impl Context {
     }
 }
 
-/// Saves a running container as an image.
+/// Saves a container as an image.
 ///
 /// A cancellation ends the save as long as the tag is not written: uploads are aborted, the container is thawed. Once
 /// the tag is written the save has succeeded, and a cancellation only ends what follows.
@@ -204,10 +207,23 @@ pub(crate) async fn commit(
         room: Arc::default(),
         tally: Arc::default(),
     };
-    let subject = until_cancelled(cancel, Subject::find(&context, options, &target)).await?;
+    let mut attempt = 1;
+    let (subject, made, permit) = loop {
+        let subject = until_cancelled(cancel, Subject::find(&context, options, &target)).await?;
+        let of = subject.of(options);
+        let prepared = Box::pin(prepare(&mut context, &of, target.tag()));
+        match until_cancelled(cancel, prepared).await {
+            Err(error) if attempt < MAX_ATTEMPTS && error.was_started_again() => {
+                context.warn("again", format!("the save begins anew: {error}"));
+                attempt += 1;
+            }
+            prepared => {
+                let (made, permit) = prepared?;
+                break (subject, made, permit);
+            }
+        }
+    };
     let of = subject.of(options);
-    let prepared = Box::pin(prepare(&mut context, &of, target.tag()));
-    let (made, permit) = until_cancelled(cancel, prepared).await?;
     let (made, digest) =
         Box::pin(tag::write(&mut context, &of, made, target.tag(), &permit)).await?;
     let Made {
@@ -271,7 +287,10 @@ struct Subject {
 impl Subject {
     async fn find(context: &Context, options: &Options, target: &Target) -> Result<Self, Error> {
         context.phase(Phase::Locating);
-        let container = container::find(&context.roots, &options.container)?;
+        let container = container::find_any(&context.roots, &options.container, options.attempt)?;
+        if let Some(ended) = container.ended() {
+            ended::announce(context, &ended.end);
+        }
         let volumes = trees::open(
             &context.roots,
             &container,
@@ -395,6 +414,10 @@ async fn make(context: &mut Context, of: &Of<'_>, again: bool) -> Result<Made, E
         packages::of_save(context, container, &taken.scans),
     );
     let (delivered, packages) = (delivered?, packages?);
+    if container.ended().is_some() && delivered.iter().any(Delivered::is_remade) {
+        // A layer that was made from a directory, after the container was read.
+        trees::recheck(context, container, volumes)?;
+    }
 
     context.phase(Phase::Finishing);
     let image = assemble(options, base, &delivered, &earlier.layers(&taken))?;
@@ -500,7 +523,7 @@ async fn capture_layers(
     destination: &Destination,
     earlier: &Earlier,
 ) -> Result<CapturedTrees, Error> {
-    if options.pause == Pause::Live {
+    if options.pause == Pause::Live && container.running().is_some() {
         live::check(context, container)?;
     }
     let mut attempt = 1;
@@ -523,6 +546,9 @@ async fn capture_once(
     destination: &Destination,
     earlier: &Earlier,
 ) -> Result<CapturedTrees, Error> {
+    if container.ended().is_some() {
+        return ended::capture(context, options, container, destination, earlier).await;
+    }
     if options.pause == Pause::Live
         && let Some(taken) =
             live::capture_live(context, options, container, volumes, destination, earlier).await?

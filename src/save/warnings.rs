@@ -158,6 +158,13 @@ fn emit_volumes(context: &Context, container: &Container, saved: &[Volume]) {
         0 => String::new(),
         more => format!(" and {more} more"),
     };
+    if container.ended().is_some() {
+        let what = format!(
+            "what was mounted at {}{more} is not in the image",
+            paths.join(", ")
+        );
+        return context.warn("volumes", what);
+    }
     let flag = crate::common::escape::path(first.destination.as_os_str().as_bytes());
     context.warn(
         "volumes",

@@ -13,6 +13,7 @@ mod base_lost;
 mod consumers;
 mod cri;
 mod doctor;
+mod ended;
 mod engines;
 mod forged;
 mod host;

@@ -11,7 +11,8 @@ use std::path::{Component, Path};
 
 use upperdeck::common::digest::ChainId;
 use upperdeck::node::container::{
-    ContainerdRoot, Roots, StorageRoot, find, list, prove_base, recheck,
+    Attempt, ContainerdRoot, Roots, StorageRoot, find, find_any, list, list_ended, prove_base,
+    recheck,
 };
 use upperdeck::node::freeze;
 
@@ -45,14 +46,26 @@ pub fn run(input: &[u8]) {
             let chain: Vec<_> = base.layers.iter().map(|layer| layer.chain_id).collect();
             assert_eq!(ChainId::chain(&diff_ids), chain);
         }
-        if seen.insert(container.pid) {
-            errors::checked(freeze::shared_mappings(container.pid, Some(dir.path())));
-            errors::checked(freeze::write_modes(container.pid, Some(dir.path())));
+        if let Some(running) = container.running()
+            && seen.insert(running.pid)
+        {
+            errors::checked(freeze::shared_mappings(running.pid, Some(dir.path())));
+            errors::checked(freeze::write_modes(running.pid, Some(dir.path())));
         }
+    }
+    let (ended, _) = list_ended(&roots);
+    for container in ended.iter().take(8) {
+        let overlay = &container.overlay;
+        for path in overlay.lowers.iter().chain([&overlay.upper]) {
+            assert!(path.starts_with(dir.path()), "{}", path.display());
+        }
+        errors::checked(recheck(&roots, container));
+        errors::checked(prove_base(&roots, container));
     }
     let first = listing.containers.first();
     errors::checked(find(&roots, first.map_or("c0ffee", |found| &found.id)));
     errors::checked(find(&roots, "pid:77"));
+    errors::checked(find_any(&roots, "hub/notebook-alice", Attempt::Previous));
 }
 
 /// Returns the locations of the runtimes in the seeds.

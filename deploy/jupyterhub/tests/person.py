@@ -6,7 +6,6 @@ from typing import Any
 from urllib.parse import quote
 
 import requests
-
 from lab import PASSWORD, Lab, until
 
 

@@ -1,4 +1,4 @@
-//! Flags of `commit`, which saves a running container.
+//! Flags of `commit`, which saves a container.
 
 #![allow(
     rustdoc::broken_intra_doc_links,
@@ -15,6 +15,7 @@ use super::super::progress::Mode;
 use super::exit_codes;
 use super::shared::{
     CONTENT, Content, InBackground, METADATA, Memory, REGISTRY, REPORT, Registry, State,
+    WhichAttempt,
 };
 use super::value::{duration, key_value, layer_size, size};
 use crate::common::digest::Digest;
@@ -47,6 +48,7 @@ Examples:
       -c 'CMD [\"jupyter\",\"lab\"]' 3f2a oci:/srv/images:a
   upperdeck commit --creds-file /run/secrets/robot --metadata-file save.json \\
       web harbor.example.org/web/app:1
+  upperdeck commit --previous jupyter/notebook-0 oci:/srv/images:crashed
   upperdeck commit --base oci:/srv/bases:debian pid:4242 oci-archive:/tmp/it.tar
   SOURCE_DATE_EPOCH=0 upperdeck commit --pause none --progress json \\
       web localhost:5000/web:1
@@ -54,6 +56,9 @@ Examples:
 --change accepts the directives of 'docker commit': CMD, ENTRYPOINT, ENV, EXPOSE, HEALTHCHECK, LABEL, ONBUILD,
   STOPSIGNAL, USER, VOLUME and WORKDIR, in shell and JSON form, with $VARIABLES of the image's ENV. ENTRYPOINT without
   CMD clears the base's CMD, as in a Dockerfile. The running container's environment is not saved.
+
+A container that has ended is saved as long as its runtime has not removed it. NAMESPACE/POD is the running container of
+  the pod or, if there is none, the last one; --previous the one before. Its volumes are not mounted and cannot be saved.
 
 Excluded and reported: everything mounted into the container, files of the runtime and, by default, credentials (.ssh,
   .netrc, .aws, .docker/config.json, histories, ...) and caches (.cache/pip, /tmp, ...).
@@ -90,6 +95,8 @@ pub(in crate::cli) struct Commit {
     pub(in crate::cli) container: String,
     /// HOST/REPOSITORY[:TAG], oci:DIRECTORY[:TAG] or oci-archive:FILE[:TAG]
     pub(in crate::cli) destination: String,
+    #[command(flatten)]
+    pub(in crate::cli) attempt: WhichAttempt,
 
     /// Author, for the history entry and the config
     #[arg(short, long, value_name = "TEXT", help_heading = METADATA)]

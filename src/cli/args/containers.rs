@@ -10,11 +10,12 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueHint};
 
-use super::shared::{CONTENT, Choice, Format, InBackground, Memory, Registry, State};
+use super::shared::{CONTENT, Choice, Format, InBackground, Memory, Registry, State, WhichAttempt};
 
 pub(super) const PS_HELP: &str = "\
 Examples:
   upperdeck ps
+  upperdeck ps --all
   upperdeck ps --format json | \\
       jq -r '.[] | select(.pod.namespace == \"jupyter\") | .id'
 
@@ -25,7 +26,9 @@ JSON: an array of objects with
   namespace    containerd's namespace, or null
   pod          {namespace, name, container, uid}, or null
   image        name of the image as the runtime recorded it, or null
-  pid          first process
+  pid          first process, or null if it has ended
+  ended        null, or of a container that has ended, as far as its runtime has recorded it: {exit_code,
+               out_of_memory, at, never_started}
   upper_bytes  allocated bytes of the upper directory, or null if it cannot be read";
 
 #[derive(Debug, Args)]
@@ -33,6 +36,9 @@ pub(in crate::cli) struct Ps {
     /// Output format
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(in crate::cli) format: Format,
+    /// List containers that have ended, too
+    #[arg(short, long)]
+    pub(in crate::cli) all: bool,
     /// Do not truncate IDs
     #[arg(long)]
     pub(in crate::cli) no_trunc: bool,
@@ -83,6 +89,8 @@ Paths are text: a byte that is not UTF-8 is \\xNN, a control character \\u{N}, a
 pub(in crate::cli) struct Inspect {
     /// ID or unique prefix of one, name, NAMESPACE/POD[/CONTAINER], or pid:N (trusts the process's mount table: for administrators). With --packages also an image: HOST/REPOSITORY[:TAG], oci:DIRECTORY[:TAG] or oci-archive:FILE[:TAG]
     pub(in crate::cli) container: String,
+    #[command(flatten)]
+    pub(in crate::cli) attempt: WhichAttempt,
     /// Output format
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(in crate::cli) format: Format,
@@ -124,6 +132,8 @@ Paths that 'commit' excludes (mounts, credentials, caches) are not listed.";
 pub(in crate::cli) struct Diff {
     /// ID or unique prefix of one, name, NAMESPACE/POD[/CONTAINER], or pid:N (trusts the process's mount table: for administrators)
     pub(in crate::cli) container: String,
+    #[command(flatten)]
+    pub(in crate::cli) attempt: WhichAttempt,
     /// Output format
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(in crate::cli) format: Format,

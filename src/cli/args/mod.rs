@@ -50,7 +50,7 @@ const STYLES: Styles = Styles::styled()
     .placeholder(AnsiColor::Cyan.on_default());
 
 const ABOUT: &str = "\
-Saves a running container as an OCI image, without a container daemon.
+Saves a container as an OCI image, without a container daemon.
 
 upperdeck reads the container's changes (the upper directory of its overlay) and its base image from disk, makes a layer \
 of the changes, and writes a new image on top of the base to a registry, an OCI layout directory or an OCI archive. It \
@@ -120,7 +120,7 @@ Rights:
 #[command(
     name = "upperdeck",
     version,
-    about = "Saves a running container as an OCI image, without a container daemon",
+    about = "Saves a container as an OCI image, without a container daemon",
     long_about = ABOUT,
     after_long_help = after_help(),
     after_help = "'upperdeck --help' has examples, exit codes and environment variables; 'upperdeck COMMAND --help' describes a command.",
@@ -180,7 +180,7 @@ pub(super) enum Verb {
     /// List the changes of a container: A added, C changed, D deleted
     #[command(after_long_help = DIFF_HELP)]
     Diff(Diff),
-    /// Save a running container as an image
+    /// Save a container as an image
     #[command(after_long_help = commit_help())]
     Commit(Box<Commit>),
     /// Create only a layer, from directories

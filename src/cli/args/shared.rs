@@ -14,6 +14,7 @@ use clap::{Args, ValueEnum, ValueHint};
 
 use super::value::{any_path, duration, floor, size};
 use crate::node::background::{DEFAULT_FLOOR_PERCENT, MemoryLimit};
+use crate::node::container::Attempt;
 use crate::save::Compression;
 
 pub(super) const CONTENT: &str = "What goes into the layer";
@@ -47,6 +48,24 @@ pub(in crate::cli) struct State {
     /// Save all changes to the base, not only those since the last save
     #[arg(long, help_heading = CONTENT)]
     pub(in crate::cli) full: bool,
+}
+
+/// Which run of a container is meant.
+#[derive(Clone, Copy, Debug, Args)]
+pub(in crate::cli) struct WhichAttempt {
+    /// The container of the pod before the current one, which has ended (as 'kubectl logs --previous')
+    #[arg(long)]
+    previous: bool,
+}
+
+impl From<WhichAttempt> for Attempt {
+    fn from(which: WhichAttempt) -> Self {
+        if which.previous {
+            Self::Previous
+        } else {
+            Self::Current
+        }
+    }
 }
 
 /// What determines the content of layers.

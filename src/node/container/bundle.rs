@@ -8,10 +8,11 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::ended::IdMaps;
 use super::error::Error;
 use super::process::Process;
 use super::roots::read_json;
-use super::{MountPoint, Spec};
+use super::{IdMapping, MountPoint, Spec};
 use crate::node::procfs::MountInfo;
 
 /// Maximum size of a config.json in bytes, sufficient for large environments and thousands of mounts.
@@ -52,6 +53,28 @@ struct SpecLinux {
     devices: Option<Vec<SpecDevice>>,
     #[serde(default)]
     resources: Option<SpecResources>,
+    #[serde(default)]
+    namespaces: Option<Vec<SpecNamespace>>,
+    #[serde(default, rename = "uidMappings")]
+    uid_mappings: Option<Vec<SpecIdMapping>>,
+    #[serde(default, rename = "gidMappings")]
+    gid_mappings: Option<Vec<SpecIdMapping>>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct SpecNamespace {
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct SpecIdMapping {
+    #[serde(rename = "containerID")]
+    inside: u32,
+    #[serde(rename = "hostID")]
+    outside: u32,
+    #[serde(rename = "size")]
+    count: u32,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -100,6 +123,46 @@ impl Bundle {
         let mut bundle: Self = read_json(path, CONFIG_CAP)?;
         bundle.drop_oversized();
         Ok(bundle)
+    }
+
+    /// Parses a spec that a runtime keeps elsewhere than in a `config.json`.
+    pub(super) fn parse(json: &[u8]) -> Result<Self, serde_json::Error> {
+        let mut bundle: Self = serde_json::from_slice(json)?;
+        bundle.drop_oversized();
+        Ok(bundle)
+    }
+
+    /// Returns the maps of the container's user namespace. Fails with the reason if they are not in the spec, because
+    /// the container joined a namespace of another one.
+    pub(super) fn id_maps(&self) -> Result<IdMaps, String> {
+        let linux = self.linux.as_ref();
+        let mut namespaces = linux.iter().filter_map(|linux| linux.namespaces.as_ref());
+        if !namespaces.any(|all| all.iter().any(|namespace| namespace.kind == "user")) {
+            return Ok(IdMaps::default());
+        }
+        let map = |of: fn(&SpecLinux) -> &Option<Vec<SpecIdMapping>>| {
+            let ranges = linux
+                .and_then(|linux| of(linux).as_ref())
+                .into_iter()
+                .flatten();
+            let range = |range: &SpecIdMapping| IdMapping {
+                inside: range.inside,
+                outside: range.outside,
+                count: range.count,
+            };
+            ranges.map(range).collect::<Vec<_>>()
+        };
+        let maps = IdMaps {
+            uids: map(|linux| &linux.uid_mappings),
+            gids: map(|linux| &linux.gid_mappings),
+        };
+        if maps.uids.is_empty() || maps.gids.is_empty() {
+            return Err(
+                "it was in a user namespace of another container, whose map is not in its own record"
+                    .to_owned(),
+            );
+        }
+        Ok(maps)
     }
 
     /// Drops variables, arguments or annotations that exceed the limits. They are dropped as a whole, because they
@@ -164,7 +227,8 @@ impl Bundle {
         }
     }
 
-    fn mount_points(&self) -> Vec<MountPoint> {
+    /// Returns the mounts of the spec.
+    pub(super) fn mount_points(&self) -> Vec<MountPoint> {
         let mounts = self.mounts.iter().flatten();
         mounts
             .map(|mount| {
@@ -337,7 +401,7 @@ pub(super) fn is_virtual(fs_type: &str) -> bool {
 }
 
 /// Normalises a destination: old specs have no leading slash, and `.` and `..` are resolved.
-fn absolute(destination: &Path) -> PathBuf {
+pub(super) fn absolute(destination: &Path) -> PathBuf {
     let mut path = PathBuf::from("/");
     for component in destination.components() {
         match component {

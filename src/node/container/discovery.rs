@@ -7,18 +7,20 @@
 use std::path::Path;
 
 use super::bundle::{self, Bundle};
+use super::ended::{self, EndedRecord};
 use super::error::{Error, Problem};
 use super::mount_tables::Tables;
 use super::process::{self, Process};
 use super::recorded::RecordedContainer;
 use super::root_mount;
 use super::roots::{Roots, read_dir};
-use super::stopped::StoppedContainer;
 use super::table::{RootMount, TableSource};
-use super::{Container, Pod, Runtime, Spec, containerd, docker, storage};
+use super::{Container, Life, Pod, Running, Runtime, Spec, containerd, docker, storage};
 
 /// Minimum length of an ID prefix. Shorter ones are more likely a mistake.
 const MIN_PREFIX: usize = 3;
+/// The rank of names among the ways in which a plain text can refer to a container.
+const BY_NAME: u8 = 1;
 
 /// Everything on this node that runs with an overlay as its root.
 #[derive(Clone, Debug, Default)]
@@ -53,23 +55,12 @@ fn recorded_containers(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Record
     drafts
 }
 
-/// Lists the stopped containers of all runtimes. State that cannot be read is left out: `recorded_containers` of each
-/// runtime reports it.
-fn stopped_containers(roots: &Roots) -> Vec<StoppedContainer> {
-    let roots = &roots.believed(&mut Vec::new());
-    let mut all = docker::stopped_containers(roots);
-    all.extend(storage::stopped_containers(roots));
-    // Docker's containers are in containerd's records, too, while they run.
-    all.extend(containerd::stopped_containers(roots));
-    all
-}
-
-/// Lists all containers on this node, with the problems encountered.
+/// Lists all running containers on this node, with the problems encountered.
 pub fn list(roots: &Roots) -> Listing {
     let mut listing = Listing::default();
     let tables = Tables::default();
     for draft in recorded_containers(roots, &mut listing.problems) {
-        let process = process::read_limited(roots, draft.pid, process::LIST_LIMITS);
+        let process = first_process(roots, &draft, process::LIST_LIMITS);
         let result = process.and_then(|process| {
             process
                 .map(|p| assemble(roots, &tables, &draft, &p))
@@ -83,42 +74,129 @@ pub fn list(roots: &Roots) -> Listing {
             Err(error) => listing.problems.push(error.into_problem(&draft.state)),
         }
     }
-    let key = |c: &Container| {
-        (
-            c.namespace.clone(),
-            c.pod.clone().map(|p| (p.namespace, p.name)),
-            c.names.clone(),
-        )
-    };
-    listing.containers.sort_by_cached_key(key);
-    listing.sandboxes.sort_by_cached_key(key);
+    listing.containers.sort_by_cached_key(sort_key);
+    listing.sandboxes.sort_by_cached_key(sort_key);
     listing
 }
 
-/// Finds the container that `name` refers to: a full ID, a unique prefix of one (at least 3 characters), a name,
+/// Lists the containers that have ended and are still on disk, sorted like those of [`list`], and those of them that
+/// cannot be saved as problems. Pause containers are left out.
+pub fn list_ended(roots: &Roots) -> (Vec<Container>, Vec<Problem>) {
+    let mut problems = Vec::new();
+    let drafts = recorded_containers(roots, &mut Vec::new());
+    let tables = Tables::default();
+    let mut containers = Vec::new();
+    for record in ended_records(roots, &drafts) {
+        if record.sandbox {
+            continue;
+        }
+        match ended::assemble(roots, &tables, &record) {
+            Ok(container) => containers.push(container),
+            // It was removed, or started, after it was listed.
+            Err(error) if error.is_not_found() || matches!(error, Error::StartedAgain { .. }) => {}
+            Err(error) => problems.push(error.into_problem(&record.state)),
+        }
+    }
+    containers.sort_by_cached_key(sort_key);
+    (containers, problems)
+}
+
+fn sort_key(container: &Container) -> (Option<String>, Option<(String, String)>, Vec<String>) {
+    let pod = container.pod.clone();
+    (
+        container.namespace.clone(),
+        pod.map(|pod| (pod.namespace, pod.name)),
+        container.names.clone(),
+    )
+}
+
+/// Lists the containers on disk that have no process.
+fn ended_records(roots: &Roots, drafts: &[RecordedContainer]) -> Vec<EndedRecord> {
+    let mut records = ended::records(roots);
+    for draft in drafts {
+        let lives = |draft: &RecordedContainer| {
+            // A container whose process cannot be read is not known to have ended.
+            !matches!(first_process(roots, draft, process::LIST_LIMITS), Ok(None))
+        };
+        let of_draft = |record: &EndedRecord| {
+            record.id == draft.id
+                && (record.namespace == draft.namespace || record.runtime != draft.runtime)
+        };
+        if lives(draft) {
+            records.retain(|record| !of_draft(record));
+        } else if !records.iter().any(of_draft) {
+            records.push(EndedRecord::of(draft));
+        }
+    }
+    records
+}
+
+/// Reads the first process of a container. Returns `None` if it has ended, also if its number is that of another process
+/// by now.
+fn first_process(
+    roots: &Roots,
+    draft: &RecordedContainer,
+    limits: process::MountLimits,
+) -> Result<Option<Process>, Error> {
+    let process = process::read_up_to(roots, draft.pid, limits)?;
+    Ok(process.filter(|process| !root_mount::is_of_another(roots, draft, process)))
+}
+
+/// Which of several runs of a container a name refers to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attempt {
+    /// The running one, or else the last one.
+    Current,
+    /// Of a pod: the one before.
+    Previous,
+}
+
+/// The containers that are searched.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reach {
+    Running,
+    All(Attempt),
+}
+
+/// Finds the running container that `name` refers to: a full ID, a unique prefix of one (at least 3 characters), a name,
 /// `NAMESPACE/POD[/CONTAINER]`, or `pid:N` for a process (if that runs in a container, the container).
 ///
 /// For a process that no runtime knows, its own mount table is trusted, which in a user namespace is under its owner's
 /// control. Therefore `pid:N` is for administrators only, and a service must not accept it from its users.
 pub fn find(roots: &Roots, name: &str) -> Result<Container, Error> {
+    find_within(roots, name, Reach::Running)
+}
+
+/// Like [`find`], among all containers that are on disk. A running container is meant before one of the same name that
+/// has ended.
+pub fn find_any(roots: &Roots, name: &str, attempt: Attempt) -> Result<Container, Error> {
+    find_within(roots, name, Reach::All(attempt))
+}
+
+fn find_within(roots: &Roots, name: &str, reach: Reach) -> Result<Container, Error> {
     let wanted = name.parse::<Query>()?;
+    let previous = reach == Reach::All(Attempt::Previous);
+    if previous && !matches!(wanted, Query::Pod { .. }) {
+        return Err(Error::BadName {
+            wanted: name.to_owned(),
+            expected: "only NAMESPACE/POD[/CONTAINER] has a previous container",
+        });
+    }
     let mut problems = Vec::new();
     let drafts = recorded_containers(roots, &mut problems);
     let tables = Tables::default();
     if let Query::Pid(pid) = wanted {
         return find_process(roots, &tables, &drafts, pid, name);
     }
-    let stopped = std::cell::OnceCell::new();
+    let ended = std::cell::OnceCell::new();
     for rank in 0..wanted.ranks() {
         let mut running = Vec::new();
-        let mut others = Vec::new();
         for draft in drafts
             .iter()
             .filter(|d| !d.sandbox && wanted.matches(&d.id, &d.names, d.pod.as_ref(), rank))
         {
-            match process::read(roots, draft.pid)? {
-                Some(process) => running.push((draft, process)),
-                None => others.push(StoppedContainer::of(draft)),
+            if let Some(process) = first_process(roots, draft, process::SAVE_LIMITS)? {
+                running.push((draft, process));
             }
         }
         // No other container has the same full ID.
@@ -128,32 +206,34 @@ pub fn find(roots: &Roots, name: &str) -> Result<Container, Error> {
         {
             return assemble(roots, &tables, draft, process);
         }
-        let stopped = stopped.get_or_init(|| stopped_containers(roots));
-        others.extend(
-            (stopped.iter())
-                .filter(|s| !s.sandbox && wanted.matches(&s.id, &s.names, s.pod.as_ref(), rank))
-                .cloned(),
-        );
-        // An earlier run of a pod's container, or what a second runtime wrote down of the same one.
-        others.retain(|other| {
-            let is_same = |draft: &RecordedContainer| {
-                draft.id == other.id || draft.pod.is_some() && draft.pod == other.pod
-            };
-            !running.iter().any(|(draft, _)| is_same(draft))
-        });
-        // A pod's init containers have ended, as a rule.
-        if matches!(wanted, Query::Pod { .. }) && !running.is_empty() {
+        let ended = ended.get_or_init(|| ended_records(roots, &drafts));
+        let matching = ended
+            .iter()
+            .filter(|e| !e.sandbox && wanted.matches(&e.id, &e.names, e.pod.as_ref(), rank));
+        let mut others: Vec<&EndedRecord> = matching.collect();
+        if matches!(wanted, Query::Pod { .. }) {
+            others = attempts(&others, &running, previous);
+            if previous {
+                running.clear();
+            }
+        } else if rank == BY_NAME && !running.is_empty() {
             others.clear();
         }
+        // An earlier run of a pod's container.
+        others.retain(|other| {
+            let is_same = |draft: &RecordedContainer| draft.pod.is_some() && draft.pod == other.pod;
+            !running.iter().any(|(draft, _)| is_same(draft))
+        });
         match (running.as_slice(), others.as_slice()) {
             ([], []) => {}
             ([(draft, process)], []) => return assemble(roots, &tables, draft, process),
-            // Which of several is meant does not matter: none can be saved.
-            ([], [other, ..]) => {
-                return Err(Error::Stopped {
-                    detail: other.detail(),
-                });
+            // Which of several is meant does not matter: none can be used.
+            ([], [other, ..]) if reach == Reach::Running => {
+                return Err(
+                    other.stopped("only a running container can be used here: start it first")
+                );
             }
+            ([], [other]) => return ended::assemble(roots, &tables, other),
             (running, others) => {
                 let running = running.iter().map(|(draft, _)| draft.label());
                 let others = others.iter().map(|s| format!("{} (stopped)", s.label()));
@@ -177,19 +257,62 @@ pub fn find(roots: &Roots, name: &str) -> Result<Container, Error> {
     })
 }
 
+/// Returns those of a pod's ended containers that are meant: of each container the last attempt, if none runs, or with
+/// `previous` the one before the current attempt.
+fn attempts<'r>(
+    ended: &[&'r EndedRecord],
+    running: &[(&RecordedContainer, Process)],
+    previous: bool,
+) -> Vec<&'r EndedRecord> {
+    // A pod's init containers have ended, as a rule.
+    if !previous && !running.is_empty() {
+        return Vec::new();
+    }
+    let mut newest_first = ended.to_vec();
+    newest_first.sort_by_key(|record| std::cmp::Reverse(record.attempt));
+    let mut meant: Vec<&EndedRecord> = Vec::new();
+    let mut skipped: Vec<&Option<Pod>> = Vec::new();
+    for record in newest_first {
+        let is_current = previous
+            && !skipped.contains(&&record.pod)
+            && !running.iter().any(|(draft, _)| draft.pod == record.pod);
+        if is_current {
+            skipped.push(&record.pod);
+        } else if !meant.iter().any(|other| other.pod == record.pod) {
+            meant.push(record);
+        }
+    }
+    meant
+}
+
 /// Checks that `container` has not changed: the same process with the same root file system, the same entry in the
-/// trusted mount table, and the same directories mounted where they are read.
+/// trusted mount table, and the same directories mounted where they are read. One that has ended must still be on record
+/// with the same directories ([`Error::Removed`]), and without a process ([`Error::StartedAgain`]).
 pub fn recheck(roots: &Roots, container: &Container) -> Result<(), Error> {
     let gone = |detail: String| Error::Gone {
         container: container.id.clone(),
         detail,
     };
-    let pid = container.pid;
-    let process = process::read(roots, pid)?
-        .filter(|process| process.start == container.pid_start)
+    let Running {
+        pid,
+        pid_start,
+        root,
+    } = match &container.life {
+        Life::Running(running) => running,
+        Life::Ended(ended) => {
+            let drafts = recorded_containers(roots, &mut Vec::new());
+            let mut own = drafts.iter().filter(|draft| draft.id == container.id);
+            let runs = own.any(|draft| {
+                !matches!(first_process(roots, draft, process::LIST_LIMITS), Ok(None))
+            });
+            return ended::recheck(roots, container, ended, runs);
+        }
+    };
+    let process = process::read(roots, *pid)?
+        .filter(|process| process.start == *pid_start)
         .ok_or_else(|| gone(format!("its process {pid} is no longer there")))?;
     let device = root_mount::device_of(&container.id, &process).map_err(|e| gone(e.to_string()))?;
-    let (root, tables) = (&container.root, Tables::default());
+    let tables = Tables::default();
     if device != root.device || !tables.is_unchanged(roots, &process, root)? {
         return Err(gone("its root is another one now".to_owned()));
     }
@@ -264,7 +387,7 @@ impl Query {
                         .is_none_or(|container| pod.container == *container)
             }),
             (Self::Plain(plain), 0) => id == plain,
-            (Self::Plain(plain), 1) => names.contains(plain),
+            (Self::Plain(plain), BY_NAME) => names.contains(plain),
             (Self::Plain(plain), _) => plain.len() >= MIN_PREFIX && id.starts_with(plain.as_str()),
         }
     }
@@ -361,9 +484,11 @@ fn find_process(
         names: Vec::new(),
         namespace: None,
         pod: None,
-        pid,
-        pid_start: process.start,
-        root,
+        life: Life::Running(Running {
+            pid,
+            pid_start: process.start,
+            root,
+        }),
         overlay,
         mounts: bundle::merge_mounts(None, &process),
         mounts_cut: process.mounts_cut,
@@ -389,9 +514,11 @@ fn assemble(
         names: draft.names.clone(),
         namespace: draft.namespace.clone(),
         pod: draft.pod.clone(),
-        pid: process.pid,
-        pid_start: process.start,
-        root,
+        life: Life::Running(Running {
+            pid: process.pid,
+            pid_start: process.start,
+            root,
+        }),
         overlay,
         uid_map: process.uid_map.clone(),
         gid_map: process.gid_map.clone(),

@@ -4,6 +4,7 @@
 //! (imagedb), `distribution/metadata`. With the overlay2 graph driver, Docker keeps image configs but no manifests;
 //! with the containerd image store (driver `overlayfs`), all of that is in containerd's namespace `moby`.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use oci_client::manifest::IMAGE_DOCKER_LAYER_GZIP_MEDIA_TYPE;
@@ -15,14 +16,13 @@ use super::error::{Error, Problem};
 use super::image::{BLOB_CAP, Config, add_repositories, repository};
 use super::recorded::{RecordedContainer, RecordedRoot};
 use super::roots::{Roots, read_dir, read_file, read_json};
-use super::stopped::StoppedContainer;
 use super::{Base, BaseLayer, Container, Runtime, containerd};
 use crate::common::digest::{ChainId, DiffId, Digest};
 
 /// Docker's namespace in containerd.
 const NAMESPACE: &str = "moby";
 /// Maximum size in bytes of a config.v2.json, which holds the environment and network settings of a container.
-const CONFIG_CAP: u64 = 16 << 20;
+pub(super) const CONFIG_CAP: u64 = 16 << 20;
 /// Directory with the layers that each container is mounted on, below the data root.
 const MOUNTS: &str = "image/overlay2/layerdb/mounts";
 /// Maximum length of a layer chain. Docker's own limit is lower (moby#20298).
@@ -30,66 +30,60 @@ const MAX_CHAIN: usize = 512;
 
 /// The fields of `containers/<id>/config.v2.json` that a save needs.
 #[derive(Debug, Deserialize)]
-struct Config2 {
+pub(super) struct Config2 {
     #[serde(rename = "ID")]
-    id: String,
+    pub(super) id: String,
     #[serde(rename = "Name", default)]
     name: String,
     #[serde(rename = "State")]
-    state: State,
+    pub(super) state: State,
     /// Digest of the image's config (graph driver) or of the target of the tag (containerd image store).
     #[serde(rename = "Image", default)]
     image: String,
     #[serde(rename = "Config")]
-    config: RunConfig,
+    pub(super) config: RunConfig,
     #[serde(rename = "Driver", default)]
-    driver: String,
+    pub(super) driver: String,
+    /// Volumes and bind mounts by destination.
+    #[serde(rename = "MountPoints", default)]
+    pub(super) mount_points: Option<BTreeMap<PathBuf, StoredMount>>,
 }
 
 #[derive(Debug, Deserialize)]
-struct State {
+pub(super) struct StoredMount {
+    #[serde(rename = "Type", default)]
+    pub(super) kind: String,
+    #[serde(rename = "Source", default)]
+    pub(super) source: String,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct State {
     #[serde(rename = "Pid", default)]
-    pid: u32,
+    pub(super) pid: u32,
     #[serde(rename = "ExitCode", default)]
-    exit_code: i64,
+    pub(super) exit_code: i64,
     #[serde(rename = "OOMKilled", default)]
-    oom_killed: bool,
+    pub(super) oom_killed: bool,
     /// RFC 3339; the year 1 for a container that never ended.
     #[serde(rename = "FinishedAt", default)]
-    finished_at: String,
-}
-
-impl State {
-    /// Says how a container without a process ended.
-    fn end(&self) -> String {
-        let Ok(at) = self.finished_at.parse::<jiff::Timestamp>() else {
-            return "never started".to_owned();
-        };
-        if at < jiff::Timestamp::UNIX_EPOCH {
-            return "never started".to_owned();
-        }
-        let why = if self.oom_killed {
-            ", out of memory"
-        } else {
-            ""
-        };
-        format!(
-            "exit code {}{why}, at {}",
-            self.exit_code,
-            at.strftime("%Y-%m-%dT%H:%M:%SZ")
-        )
-    }
+    pub(super) finished_at: String,
+    /// Set before anything of a container is removed.
+    #[serde(rename = "Dead", default)]
+    pub(super) dead: bool,
+    #[serde(rename = "RemovalInProgress", default)]
+    pub(super) removal_in_progress: bool,
 }
 
 #[derive(Debug, Deserialize)]
-struct RunConfig {
+pub(super) struct RunConfig {
     /// The image as named by the user.
     #[serde(rename = "Image", default)]
-    image: String,
+    pub(super) image: String,
 }
 
 /// Returns the data roots, including those of `userns-remap` (`<uid>.<gid>` below them).
-fn data_roots(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<PathBuf> {
+pub(super) fn data_roots(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<PathBuf> {
     let mut all = Vec::new();
     for root in &roots.docker {
         all.push(root.clone());
@@ -108,7 +102,7 @@ fn data_roots(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<PathBuf> {
 }
 
 /// Parses the name of a remapped data root, which is the first user and group ID on the node.
-fn remapped(name: &std::ffi::OsStr) -> Option<(u32, u32)> {
+pub(super) fn remapped(name: &std::ffi::OsStr) -> Option<(u32, u32)> {
     let (uid, gid) = name.to_str()?.split_once('.')?;
     Some((uid.parse().ok()?, gid.parse().ok()?))
 }
@@ -143,32 +137,8 @@ fn runs(directory: &Path) -> bool {
         .is_ok_and(|config| config.state.pid != 0)
 }
 
-/// Lists containers without a process. What cannot be read is left out.
-pub(super) fn stopped_containers(roots: &Roots) -> Vec<StoppedContainer> {
-    let mut stopped = Vec::new();
-    for root in data_roots(roots, &mut Vec::new()) {
-        let containers = roots.path(&root.join("containers"));
-        for id in read_dir(&containers).unwrap_or_default() {
-            let state = containers.join(id).join("config.v2.json");
-            let Ok(config) = read_json::<Config2>(&state, CONFIG_CAP) else {
-                continue;
-            };
-            if config.state.pid == 0 {
-                stopped.push(StoppedContainer {
-                    names: names(&config),
-                    end: Some(config.state.end()),
-                    state,
-                    id: config.id,
-                    ..StoppedContainer::default()
-                });
-            }
-        }
-    }
-    stopped
-}
-
 /// Returns the container's name, which Docker writes with a slash before it.
-fn names(config: &Config2) -> Vec<String> {
+pub(super) fn names(config: &Config2) -> Vec<String> {
     let name = config.name.trim_start_matches('/');
     if name.is_empty() {
         Vec::new()
@@ -227,7 +197,7 @@ fn draft(
 }
 
 /// Reads the directories of a container's root from Docker's layerdb.
-fn record(roots: &Roots, root: &Path, id: &str) -> Result<RecordedRoot, Error> {
+pub(super) fn record(roots: &Roots, root: &Path, id: &str) -> Result<RecordedRoot, Error> {
     let diff = |id: String| Path::new(&id).join("diff");
     let upper = diff(mount_file(roots, root, id, "mount-id")?);
     let init = diff(mount_file(roots, root, id, "init-id")?);
@@ -417,7 +387,8 @@ fn prove_overlay2(
         });
     }
     let proof = format!(
-        "mounted on {} of Docker's layerdb up to chain {}; the layers of config {} give exactly this chain",
+        "{} {} of Docker's layerdb up to chain {}; the layers of config {} give exactly this chain",
+        container.stands_on(),
         crate::common::message::count(layers.len(), "layer", "layers"),
         ChainId(parent),
         found.digest

@@ -41,7 +41,7 @@ pub enum Error {
     },
     /// No container on this node has this name.
     #[error(
-        "no running container {wanted:?} on this node{}{}{}",
+        "no container {wanted:?} on this node{}{}{}",
         offered("; there are", candidates),
         rootless(users),
         unread(problems)
@@ -67,6 +67,20 @@ pub enum Error {
     /// The container has ended, or its PID was reused for another process.
     #[error("container {container} has ended: {detail}")]
     Gone {
+        /// ID of the container.
+        container: String,
+        /// How this was detected.
+        detail: String,
+    },
+    /// A container that had ended was removed by its runtime.
+    #[error("container {container} was removed while it was read; nothing was saved")]
+    Removed {
+        /// ID of the container.
+        container: String,
+    },
+    /// A container that had ended has processes.
+    #[error("container {container} does not stay as it ended: {detail}")]
+    StartedAgain {
         /// ID of the container.
         container: String,
         /// How this was detected.
@@ -213,13 +227,14 @@ impl Error {
             Self::BadName { .. } | Self::Ambiguous { .. } | Self::NotAVolume { .. } => {
                 FailureKind::Usage
             }
-            Self::NotFound { .. } | Self::Gone { .. } | Self::Stopped { .. } => {
-                FailureKind::ContainerGone
-            }
+            Self::NotFound { .. }
+            | Self::Gone { .. }
+            | Self::Removed { .. }
+            | Self::Stopped { .. } => FailureKind::ContainerGone,
             Self::BaseUnproven { .. } | Self::ForeignRoot { .. } | Self::LayerUnproven { .. } => {
                 FailureKind::BaseUnproven
             }
-            Self::Busy { .. } => FailureKind::Retryable,
+            Self::Busy { .. } | Self::StartedAgain { .. } => FailureKind::Retryable,
             Self::NotPermitted { .. }
             | Self::Unseen { .. }
             | Self::TooManyMounts { .. }
@@ -238,7 +253,8 @@ impl Error {
             Self::BadName { .. } => "bad_name",
             Self::NotFound { .. } => "container_not_found",
             Self::Ambiguous { .. } => "container_ambiguous",
-            Self::Gone { .. } => "container_gone",
+            Self::Gone { .. } | Self::Removed { .. } => "container_gone",
+            Self::StartedAgain { .. } => "container_started",
             Self::Stopped { .. } => "container_stopped",
             Self::BaseUnproven { .. } | Self::LayerUnproven { .. } => "base_unproven",
             Self::NotAVolume { .. } => "not_a_volume",
@@ -257,7 +273,7 @@ impl Error {
 
     /// Returns whether the same call may succeed later.
     pub fn retryable(&self) -> bool {
-        matches!(self, Self::Busy { .. })
+        matches!(self, Self::Busy { .. } | Self::StartedAgain { .. })
     }
 
     /// Converts an I/O error for `path`.

@@ -17,6 +17,7 @@ mod bundle;
 mod containerd;
 mod discovery;
 mod docker;
+mod ended;
 mod error;
 mod image;
 mod layer_check;
@@ -26,12 +27,12 @@ mod process;
 mod recorded;
 mod root_mount;
 mod roots;
-mod stopped;
 mod storage;
 mod table;
 mod volume;
 
-pub use discovery::{Listing, find, list, recheck};
+pub use discovery::{Attempt, Listing, find, find_any, list, list_ended, recheck};
+pub use ended::{End, Ended};
 pub use error::{Error, Problem};
 pub use pattern::{Pattern, PatternError};
 pub use roots::{ContainerdRoot, Roots, StorageRoot, is_initial_user_namespace};
@@ -93,7 +94,27 @@ pub struct MountPoint {
     pub volume: bool,
 }
 
-/// A running container according to the runtime's state on disk.
+/// The first process of a container, and the root that it sees.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Running {
+    /// PID of the first process, in the PID namespace of this program.
+    pub pid: u32,
+    /// Field 22 of `/proc/PID/stat`, in clock ticks since boot. PIDs are reused, but this pair is not.
+    pub pid_start: u64,
+    /// Its root mount, with its device number and the mount table that is trusted for its directories.
+    pub root: RootMount,
+}
+
+/// Whether a container has processes.
+#[derive(Clone, Debug)]
+pub enum Life {
+    /// It runs.
+    Running(Running),
+    /// It has ended, or was never started, and its files are still on disk.
+    Ended(Ended),
+}
+
+/// A container according to the runtime's state on disk.
 #[derive(Clone, Debug)]
 pub struct Container {
     /// The runtime.
@@ -106,19 +127,16 @@ pub struct Container {
     pub namespace: Option<String>,
     /// Its pod, if it is in one.
     pub pod: Option<Pod>,
-    /// PID of its first process, in the PID namespace of this program.
-    pub pid: u32,
-    /// Field 22 of `/proc/PID/stat`, in clock ticks since boot. PIDs are reused, but this pair is not.
-    pub pid_start: u64,
-    /// Its root mount, with its device number and the mount table that is trusted for its directories.
-    pub root: RootMount,
+    /// Its first process, or how it ended.
+    pub life: Life,
     /// The directories of its root.
     pub overlay: OverlayMount,
     /// UID map. Empty without a user namespace, when IDs on disk are those of the container.
     pub uid_map: Vec<IdMapping>,
     /// GID map. Empty without a user namespace.
     pub gid_map: Vec<IdMapping>,
-    /// Every mount in it except the root, merged from the runtime's spec and mountinfo.
+    /// Every mount in it except the root, merged from the runtime's spec and mountinfo; of a container that has ended,
+    /// from the runtime's records.
     pub mounts: Vec<MountPoint>,
     /// Whether the list of mounts is incomplete. This occurs only in a list of all containers, never for a save.
     pub mounts_cut: bool,
@@ -162,11 +180,43 @@ impl Spec {
 }
 
 impl Container {
-    /// Returns the start time of the first process in milliseconds since the epoch (UTC), or `None` if `/proc/stat`
-    /// does not contain the boot time.
+    /// Returns its first process, or `None` if it has ended.
+    pub fn running(&self) -> Option<&Running> {
+        match &self.life {
+            Life::Running(running) => Some(running),
+            Life::Ended(_) => None,
+        }
+    }
+
+    /// Returns how it ended, or `None` if it runs.
+    pub fn ended(&self) -> Option<&Ended> {
+        match &self.life {
+            Life::Running(_) => None,
+            Life::Ended(ended) => Some(ended),
+        }
+    }
+
+    /// Returns how its directories are known to be on others, for texts about a proof.
+    fn stands_on(&self) -> &'static str {
+        match self.life {
+            Life::Running(_) => "mounted on",
+            Life::Ended(_) => "not mounted, on record on",
+        }
+    }
+
+    /// Returns its first process. Fails with [`Error::Gone`] if it has ended.
+    pub(crate) fn require_running(&self) -> Result<&Running, Error> {
+        self.running().ok_or_else(|| Error::Gone {
+            container: self.id.clone(),
+            detail: "it has no process".to_owned(),
+        })
+    }
+
+    /// Returns the start time of the first process in milliseconds since the epoch (UTC), or `None` if it has ended
+    /// or `/proc/stat` does not contain the boot time.
     #[cfg(feature = "service")]
     pub(crate) fn started_ms(&self, roots: &Roots) -> Option<i64> {
-        process::started_ms(roots, self.pid_start)
+        process::started_ms(roots, self.running()?.pid_start)
     }
 }
 

@@ -10,14 +10,14 @@
 use std::cell::OnceCell;
 use std::ffi::OsString;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::error::Error;
 use super::layer_check::{LayerCheck, OwnMounts};
 use super::process::{self, Process};
 use super::roots::Roots;
 use super::table::{RootMount, Table, TableSource};
-use crate::node::overlay::mount::OverlayMount;
+use crate::node::overlay::mount::{OverlayMount, OverlayOptions};
 use crate::node::procfs::MountInfo;
 
 /// The node's tables, read on first use.
@@ -100,6 +100,49 @@ impl Tables {
             // A process of the user, when the node's table is not readable for users.
             (None, None) => Ok(()),
         }
+    }
+
+    /// Like [`Tables::prove_layers`], for directories that are not mounted: this program has to see them as the node's
+    /// first process does.
+    pub(super) fn prove_layers_on_node(
+        &self,
+        roots: &Roots,
+        container: &str,
+        overlay: &OverlayMount,
+    ) -> Result<(), Error> {
+        // A recording of /proc has the mounts of another machine, and a user may not read the table.
+        let (Some(table), Ok(Some(_))) = (self.node(roots), process::root_id(roots, 1)) else {
+            return Ok(());
+        };
+        let proof = LayerCheck {
+            roots,
+            container,
+            table,
+            own: self.own()?,
+        };
+        proof.prove(overlay)
+    }
+
+    /// Returns a process whose root is a mount of the overlay with the upper directory `upper`.
+    pub(super) fn user_of(&self, roots: &Roots, upper: &Path) -> Result<Option<u32>, Error> {
+        // Where there are many layers, Podman mounts with paths relative to its store.
+        let store = upper.parent().and_then(Path::parent).map(Path::to_path_buf);
+        let own = process::mounts_of(roots, std::process::id())?;
+        let node = self.node(roots).map(|table| table.mounts.as_slice());
+        let overlays = node.unwrap_or_default().iter().chain(own.iter().flatten());
+        for mount in overlays.filter(|mount| mount.fs_type == "overlay") {
+            let locate = |path: &Path| roots.locate(path);
+            let options = OverlayOptions::parse(&mount.super_options);
+            let mounted = options
+                .ok()
+                .and_then(|o| o.locate_upper(store.as_slice(), &locate).ok());
+            if mounted.as_deref() == Some(upper)
+                && let Some(pid) = process::user_of_device(roots, mount.device)?
+            {
+                return Ok(Some(pid));
+            }
+        }
+        Ok(None)
     }
 
     /// Returns whether the trusted table's entry for `root` is unchanged.

@@ -7,11 +7,11 @@ use std::io::Read as _;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 
 use super::IdMapping;
 use super::error::Error;
-use super::roots::{Roots, read_file};
+use super::roots::{Roots, read_dir, read_file};
 use crate::node::overlay::identity::{Identity, ReadCapability};
 use crate::node::procfs::{
     self, MountInfo, Stat, effective_capabilities, field, parse_mountinfo, root_mount,
@@ -113,12 +113,23 @@ fn stat_of(roots: &Roots, pid: u32) -> Result<Option<Stat>, Error> {
 
 /// Reads a process, or returns `None` if it does not exist. Fails if its mount table exceeds [`SAVE_LIMITS`].
 pub(super) fn read(roots: &Roots, pid: u32) -> Result<Option<Process>, Error> {
-    match read_limited(roots, pid, SAVE_LIMITS)? {
-        Some(process) if process.mounts_cut => Err(Error::TooManyMounts {
-            pid,
-            mounts: SAVE_LIMITS.mounts,
-            bytes: SAVE_LIMITS.bytes,
-        }),
+    read_up_to(roots, pid, SAVE_LIMITS)
+}
+
+/// Like [`read`] with [`SAVE_LIMITS`]. With others, the mount table is truncated.
+pub(super) fn read_up_to(
+    roots: &Roots,
+    pid: u32,
+    most: MountLimits,
+) -> Result<Option<Process>, Error> {
+    match read_limited(roots, pid, most)? {
+        Some(process) if process.mounts_cut && most.mounts >= SAVE_LIMITS.mounts => {
+            Err(Error::TooManyMounts {
+                pid,
+                mounts: SAVE_LIMITS.mounts,
+                bytes: SAVE_LIMITS.bytes,
+            })
+        }
         process => Ok(process),
     }
 }
@@ -286,9 +297,38 @@ pub(super) fn mounts_of(roots: &Roots, pid: u32) -> Result<Option<Vec<MountInfo>
     }
 }
 
+/// Reads the cgroups of a process (`cgroups(7)`), or returns `None` if it does not exist.
+pub(super) fn cgroups_of(roots: &Roots, pid: u32) -> Result<Option<Vec<u8>>, Error> {
+    match read_file(&roots.proc(&format!("{pid}/cgroup")), 64 << 10) {
+        Ok(cgroups) => Ok(Some(cgroups)),
+        Err(error) if is_gone(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Returns a process whose root is in the file system `device`. The file systems are not accessed.
+pub(super) fn user_of_device(roots: &Roots, device: (u32, u32)) -> Result<Option<u32>, Error> {
+    let names = read_dir(&roots.proc(""))?;
+    let pids = names.iter().filter_map(|name| name.to_str()?.parse().ok());
+    for pid in pids {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let Ok(root) = rustix::fs::open(roots.proc(&format!("{pid}/root")), flags, Mode::empty())
+        else {
+            // It has ended, or it is no process of this program's PID namespace.
+            continue;
+        };
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        let found = rustix::fs::statx(&root, "", flags, StatxFlags::TYPE);
+        if found.is_ok_and(|found| (found.stx_dev_major, found.stx_dev_minor) == device) {
+            return Ok(Some(pid));
+        }
+    }
+    Ok(None)
+}
+
 /// Returns the ID of the mount that contains the root of a process. A table can list several mounts at `/`, and the
 /// process's root is not necessarily the topmost.
-fn root_id(roots: &Roots, pid: u32) -> Result<Option<u64>, Error> {
+pub(super) fn root_id(roots: &Roots, pid: u32) -> Result<Option<u64>, Error> {
     let link = roots.proc(&format!("{pid}/root"));
     // Recordings of /proc have no such links; then the mount table alone determines the root.
     if fs::symlink_metadata(&link).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound) {

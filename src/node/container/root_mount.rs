@@ -116,6 +116,38 @@ pub(super) fn check_id_maps(draft: &RecordedContainer, process: &Process) -> Res
     })
 }
 
+/// Returns whether a process is not of the container on whose record its number is, which has ended: neither its cgroup
+/// nor its root is the container's. A container can choose its root, but not its cgroup.
+pub(super) fn is_of_another(roots: &Roots, draft: &RecordedContainer, process: &Process) -> bool {
+    let Some(record) = &draft.record else {
+        return false;
+    };
+    match process::cgroups_of(roots, process.pid) {
+        Ok(Some(cgroups)) if !is_named_after(&cgroups, &draft.id) => {}
+        _ => return false,
+    }
+    let Some(root) = process.root().filter(|root| root.fs_type == "overlay") else {
+        return true;
+    };
+    let locate = |path: &Path| roots.locate(path);
+    let mounted = options_of(&draft.id, root)
+        .ok()
+        .and_then(|options| options.locate_upper(&draft.bases, &locate).ok());
+    let recorded = roots.locate_below(&record.store, &record.upper).ok();
+    mounted.is_none() || recorded.is_none() || mounted != recorded
+}
+
+/// Returns whether a directory on the path of one of the cgroups has the name of the container: `ID`, `docker-ID.scope`,
+/// `cri-containerd:ID`.
+fn is_named_after(cgroups: &[u8], id: &str) -> bool {
+    let mut names = cgroups.split(|byte| matches!(byte, b'/' | b'\n' | b':'));
+    names.any(|name| {
+        let name = name.strip_suffix(b".scope").unwrap_or(name);
+        let front = name.strip_suffix(id.as_bytes());
+        front.is_some_and(|front| front.is_empty() || front.ends_with(b"-"))
+    })
+}
+
 /// Describes what the runtime has recorded.
 fn recorded(draft: &RecordedContainer) -> String {
     let upper = draft
@@ -353,5 +385,32 @@ impl RecordCheck<'_> {
                 .map_err(|source| Error::io(path.clone(), source))
         });
         located.collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cgroup_is_known_by_the_name_of_its_container() {
+        for (cgroups, expected) in [
+            ("0::/system.slice/docker-ab12.scope\n", true),
+            ("4:memory:/k8s.io/ab12\n1:name=systemd:/\n", true),
+            (
+                "0::/kubepods.slice/kubepods-x.slice:cri-containerd:ab12\n",
+                true,
+            ),
+            ("0::/libpod_parent/libpod-ab12/container\n", true),
+            ("0::/user.slice/xab12\n", false),
+            ("0::/ab123\n", false),
+            ("", false),
+        ] {
+            assert_eq!(
+                is_named_after(cgroups.as_bytes(), "ab12"),
+                expected,
+                "{cgroups}"
+            );
+        }
     }
 }

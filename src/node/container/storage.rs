@@ -15,7 +15,6 @@ use super::error::{Error, Problem};
 use super::image::{BLOB_CAP, Config, Document, Manifest, add_repositories, repository};
 use super::recorded::{RecordedContainer, RecordedRoot};
 use super::roots::{Roots, StorageRoot, pid_file, read_file, read_json};
-use super::stopped::StoppedContainer;
 use super::{Base, BaseLayer, Container, Pod, Runtime};
 use crate::common::digest::{ChainId, DiffId, Digest};
 
@@ -23,18 +22,18 @@ use crate::common::digest::{ChainId, DiffId, Digest};
 const LIST_CAP: u64 = 256 << 20;
 const MAX_CHAIN: usize = 512;
 /// Default mode that the overlay driver sets on the root of a container's layer.
-const ROOT_MODE: u32 = 0o555;
+pub(super) const ROOT_MODE: u32 = 0o555;
 
 /// An entry of `containers.json`.
 #[derive(Clone, Debug, Deserialize)]
-struct StoredContainer {
-    id: String,
+pub(super) struct StoredContainer {
+    pub(super) id: String,
     #[serde(default)]
-    names: Option<Vec<String>>,
+    pub(super) names: Option<Vec<String>>,
     #[serde(default)]
     image: String,
     #[serde(default)]
-    layer: String,
+    pub(super) layer: String,
     /// JSON text of the program that created it.
     #[serde(default)]
     metadata: String,
@@ -44,9 +43,9 @@ struct StoredContainer {
 /// annotations in `config.json` can come from the pod.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
-struct Metadata {
+pub(super) struct Metadata {
     #[serde(rename = "image-name")]
-    image_name: String,
+    pub(super) image_name: String,
     #[serde(rename = "pod-id")]
     pod_id: String,
     #[serde(rename = "metadata-name")]
@@ -54,27 +53,39 @@ struct Metadata {
     uid: String,
     namespace: String,
     /// Whether it is a pod's infrastructure container.
-    pod: bool,
+    pub(super) pod: bool,
 }
 
 /// An entry of `layers.json`.
 #[derive(Clone, Debug, Deserialize)]
-struct StoredLayer {
-    id: String,
+pub(super) struct StoredLayer {
+    pub(super) id: String,
     #[serde(default)]
     parent: String,
     #[serde(default, rename = "diff-digest")]
     diff_digest: Option<Digest>,
-    /// Ranges of IDs; only whether there are any counts.
-    #[serde(default, rename = "uidmap")]
-    uid_map: Option<Vec<serde::de::IgnoredAny>>,
+    /// The IDs that its files have on disk, if those are not the IDs in the container.
+    #[serde(default)]
+    pub(super) uidmap: Option<Vec<StoredId>>,
+    #[serde(default)]
+    pub(super) gidmap: Option<Vec<StoredId>>,
+    #[serde(default)]
+    pub(super) flags: Option<HashMap<String, serde_json::Value>>,
 }
 
 impl StoredLayer {
     /// Returns whether the owners of its files were changed for a user namespace.
     fn is_chowned(&self) -> bool {
-        self.uid_map.as_ref().is_some_and(|map| !map.is_empty())
+        self.uidmap.as_ref().is_some_and(|map| !map.is_empty())
     }
+}
+
+/// A range of IDs of a layer.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct StoredId {
+    pub(super) container_id: u32,
+    pub(super) host_id: u32,
+    pub(super) size: u32,
 }
 
 /// An entry of `images.json`.
@@ -103,7 +114,10 @@ fn list<T: serde::de::DeserializeOwned>(roots: &Roots, files: &[PathBuf]) -> Res
 }
 
 /// Podman's containers are in the first file, CRI-O's in the second, those of a transient store in the third.
-fn containers(roots: &Roots, storage: &StorageRoot) -> Result<Vec<StoredContainer>, Error> {
+pub(super) fn containers(
+    roots: &Roots,
+    storage: &StorageRoot,
+) -> Result<Vec<StoredContainer>, Error> {
     let kind = "overlay-containers";
     list(
         roots,
@@ -115,7 +129,10 @@ fn containers(roots: &Roots, storage: &StorageRoot) -> Result<Vec<StoredContaine
     )
 }
 
-fn layers(roots: &Roots, storage: &StorageRoot) -> Result<HashMap<String, StoredLayer>, Error> {
+pub(super) fn layers(
+    roots: &Roots,
+    storage: &StorageRoot,
+) -> Result<HashMap<String, StoredLayer>, Error> {
     let kind = "overlay-layers";
     let layers: Vec<StoredLayer> = list(
         roots,
@@ -131,12 +148,12 @@ fn layers(roots: &Roots, storage: &StorageRoot) -> Result<HashMap<String, Stored
         .collect())
 }
 
-fn metadata(container: &StoredContainer) -> Metadata {
+pub(super) fn metadata(container: &StoredContainer) -> Metadata {
     serde_json::from_str(&container.metadata).unwrap_or_default()
 }
 
 /// Checks an ID, which becomes part of paths. Podman and CRI-O use 64 hex digits.
-fn is_id(id: &str) -> bool {
+pub(super) fn is_id(id: &str) -> bool {
     !id.is_empty()
         && id
             .bytes()
@@ -148,7 +165,7 @@ fn diff(storage: &StorageRoot, layer: &str) -> PathBuf {
 }
 
 /// Returns a layer's directory relative to that of the overlay driver.
-fn below(layer: &str) -> PathBuf {
+pub(super) fn below(layer: &str) -> PathBuf {
     Path::new(layer).join("diff")
 }
 
@@ -261,7 +278,7 @@ fn draft(
 }
 
 /// Returns the pod that CRI-O recorded for a container.
-fn pod(own: &Metadata, by_id: &HashMap<&str, &StoredContainer>) -> Option<Pod> {
+pub(super) fn pod(own: &Metadata, by_id: &HashMap<&str, &StoredContainer>) -> Option<Pod> {
     let sandbox = metadata(by_id.get(own.pod_id.as_str())?);
     Some(Pod {
         namespace: sandbox.namespace,
@@ -271,38 +288,8 @@ fn pod(own: &Metadata, by_id: &HashMap<&str, &StoredContainer>) -> Option<Pod> {
     })
 }
 
-/// Lists containers without a process. What cannot be read is left out.
-pub(super) fn stopped_containers(roots: &Roots) -> Vec<StoppedContainer> {
-    let mut stopped = Vec::new();
-    for storage in &roots.storage {
-        let containers = containers(roots, storage).unwrap_or_default();
-        let by_id: HashMap<&str, &StoredContainer> =
-            containers.iter().map(|c| (c.id.as_str(), c)).collect();
-        for container in containers.iter().filter(|c| is_id(&c.id)) {
-            let pidfile = storage
-                .runroot
-                .join("overlay-containers")
-                .join(&container.id)
-                .join("userdata/pidfile");
-            if roots.locate(&pidfile).is_ok() {
-                continue;
-            }
-            let own = metadata(container);
-            stopped.push(StoppedContainer {
-                id: container.id.clone(),
-                names: container.names.clone().unwrap_or_default(),
-                pod: pod(&own, &by_id).filter(|pod| !pod.name.is_empty()),
-                sandbox: own.pod,
-                state: roots.path(&storage.root.join("overlay-containers")),
-                ..StoppedContainer::default()
-            });
-        }
-    }
-    stopped
-}
-
 /// Returns a layer and its ancestors, or a text that describes what is wrong.
-fn chain<'l>(
+pub(super) fn chain<'l>(
     layers: &'l HashMap<String, StoredLayer>,
     top: &str,
 ) -> Result<Vec<&'l StoredLayer>, String> {
@@ -491,8 +478,9 @@ fn prove_stored(
         })
         .collect();
     let proof = format!(
-        "mounted on {} recorded below layer {}; the layers of config {} of image {} give exactly this chain, \
+        "{} {} recorded below layer {}; the layers of config {} of image {} give exactly this chain, \
          manifest {}",
+        container.stands_on(),
         crate::common::message::count(layers.len(), "layer", "layers"),
         own.id,
         config.digest,
@@ -581,7 +569,9 @@ mod tests {
                 id: id.to_owned(),
                 parent: parent.to_owned(),
                 diff_digest: None,
-                uid_map: None,
+                uidmap: None,
+                gidmap: None,
+                flags: None,
             };
             (id.to_owned(), layer)
         };

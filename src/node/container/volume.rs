@@ -14,7 +14,7 @@ use super::error::Error;
 use super::pattern::Pattern;
 use super::process::{self, Process};
 use super::roots::Roots;
-use super::{Container, bundle};
+use super::{Container, Running, bundle};
 use crate::node::overlay::identity::Identity;
 use crate::node::overlay::volume::{self as overlay, OpenError, ResolvedVolume, VolumeLookup};
 use crate::node::procfs::MountInfo;
@@ -63,7 +63,13 @@ pub(crate) fn volume(
     path: &Path,
     rules: &VolumeRules,
 ) -> Result<Volume, Error> {
-    let process = running_process(roots, container)?;
+    if container.ended().is_some() {
+        return Err(Error::VolumeNotAllowed {
+            path: path.to_path_buf(),
+            why: "the container has ended, and its volumes are not mounted".to_owned(),
+        });
+    }
+    let (process, running) = running_process(roots, container)?;
     let refuse = |why: String| Error::NotAVolume {
         path: path.to_path_buf(),
         why,
@@ -71,7 +77,7 @@ pub(crate) fn volume(
     };
     let (destination, mount) = mount_of_volume(path, &process.mounts).map_err(refuse)?;
     let fail = |refusal| open_error(container, &destination, refusal, &refuse);
-    let lookup = VolumePath::new(roots, container, &destination, mount.id);
+    let lookup = VolumePath::new(roots, running, &destination, mount.id);
     let reached = lookup.resolve().map_err(fail)?;
     // The earlier entry of the table may have been of another mount with the same ID.
     let line = reached.line.clone();
@@ -117,7 +123,8 @@ pub(crate) fn recheck_volume(
         container: container.id.clone(),
         detail,
     };
-    let lookup = VolumePath::new(roots, container, &volume.destination, volume.mount);
+    let running = container.require_running()?;
+    let lookup = VolumePath::new(roots, running, &volume.destination, volume.mount);
     let at = volume.destination.display();
     match lookup.resolve() {
         Ok(_) => Ok(()),
@@ -203,13 +210,13 @@ struct VolumePath<'a> {
 }
 
 impl<'a> VolumePath<'a> {
-    fn new(roots: &'a Roots, container: &Container, destination: &'a Path, mount: u64) -> Self {
+    fn new(roots: &'a Roots, running: &Running, destination: &'a Path, mount: u64) -> Self {
         let at = destination.as_os_str().as_bytes();
         Self {
             roots,
-            pid: container.pid,
-            container: roots.proc(&format!("{}/root", container.pid)),
-            device: container.root.device,
+            pid: running.pid,
+            container: roots.proc(&format!("{}/root", running.pid)),
+            device: running.root.device,
             at: at.strip_prefix(b"/").unwrap_or(at),
             mount,
         }
@@ -248,13 +255,18 @@ impl<'a> VolumePath<'a> {
     }
 }
 
-fn running_process(roots: &Roots, container: &Container) -> Result<Process, Error> {
-    process::read(roots, container.pid)?
-        .filter(|process| process.start == container.pid_start)
+fn running_process<'c>(
+    roots: &Roots,
+    container: &'c Container,
+) -> Result<(Process, &'c Running), Error> {
+    let running = container.require_running()?;
+    let process = process::read(roots, running.pid)?
+        .filter(|process| process.start == running.pid_start)
         .ok_or_else(|| Error::Gone {
             container: container.id.clone(),
-            detail: format!("its process {} is no longer there", container.pid),
-        })
+            detail: format!("its process {} is no longer there", running.pid),
+        })?;
+    Ok((process, running))
 }
 
 /// Returns whether names may be looked up in the file system, because its operations always complete, whatever a tenant

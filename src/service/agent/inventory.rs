@@ -92,7 +92,10 @@ impl Inventory {
         state.sessions = sessions;
         state.processes = containers
             .iter()
-            .map(|container| (container.id.clone(), (container.pid, container.pid_start)))
+            .filter_map(|container| {
+                let running = container.running()?;
+                Some((container.id.clone(), (running.pid, running.pid_start)))
+            })
             .collect();
         state.problems = problems;
     }

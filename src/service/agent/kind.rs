@@ -136,7 +136,7 @@ pub(super) fn category(container: &Container) -> Category {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::node::container::{Pod, Runtime, Spec};
+    use crate::node::container::{Life, Pod, Running, Runtime, Spec};
     use crate::node::overlay::mount::OverlayMount;
     use crate::node::overlay::xattr::Namespace;
 
@@ -148,9 +148,11 @@ pub(super) mod tests {
             names: vec![],
             namespace: Some("k8s.io".to_owned()),
             pod: None,
-            pid: 42,
-            pid_start: 7,
-            root: crate::node::container::RootMount::default(),
+            life: Life::Running(Running {
+                pid: 42,
+                pid_start: 7,
+                ..Running::default()
+            }),
             overlay: OverlayMount {
                 upper: "/u".into(),
                 lowers: vec!["/l".into()],

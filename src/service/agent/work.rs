@@ -254,13 +254,14 @@ fn find(agent: &Agent, session: &str) -> Result<Container, Refusal> {
     if container.id != session || container.runtime == Runtime::Process {
         return Err(gone());
     }
+    let own = container
+        .running()
+        .map(|running| (running.pid, running.pid_start));
     match agent.inventory.process_of(session) {
-        Some((pid, start)) if (pid, start) != (container.pid, container.pid_start) => {
-            Err(Refusal::of(
-                Code::ContainerGone,
-                "the session was started anew since it was looked at",
-            ))
-        }
+        Some(seen) if Some(seen) != own => Err(Refusal::of(
+            Code::ContainerGone,
+            "the session was started anew since it was looked at",
+        )),
         _ => Ok(container),
     }
 }

@@ -204,26 +204,49 @@ impl Containerd {
                     .int(3, u64::from(*read_only)),
             );
         }
-        let security = Message::new().message(3, &namespaces);
-        config = config.message(15, &Message::new().message(2, &security));
+        let pod = Pod {
+            sandbox,
+            container: String::new(),
+            name,
+            pid: 0,
+            rootfs: PathBuf::new(),
+        };
+        self.start_container(pod, config, &sandbox_config)
+    }
+
+    /// Runs `image` in a pod whose container has ended, as the kubelet does.
+    pub fn next_container(&self, pod: &Pod, image: &str) -> Result<Pod> {
+        let metadata = Message::new().bytes(1, &pod.name).bytes(3, "jupyter");
+        let sandbox_config = Message::new().message(1, &metadata);
+        let config = Message::new()
+            .message(1, &Message::new().bytes(1, "notebook").int(2, 1))
+            .message(2, &Message::new().bytes(1, image));
+        self.start_container(pod.clone(), config, &sandbox_config)
+    }
+
+    fn start_container(&self, pod: Pod, config: Message, sandbox_config: &Message) -> Result<Pod> {
+        let security = Message::new().message(3, &Message::new().int(1, NODE));
+        let config = config.message(15, &Message::new().message(2, &security));
         let request = Message::new()
-            .bytes(1, &sandbox)
+            .bytes(1, &pod.sandbox)
             .message(2, &config)
-            .message(3, &sandbox_config);
+            .message(3, sandbox_config);
         let container = self.cri("CreateContainer", &request)?.text(1);
         self.cri("StartContainer", &Message::new().bytes(1, &container))?;
-
-        let bundle = self.bundle(&container);
-        let pid = fs::read_to_string(bundle.join("init.pid"))?
+        let pid = fs::read_to_string(self.bundle(&container).join("init.pid"))?
             .trim()
             .parse()?;
         Ok(Pod {
-            sandbox,
-            container,
-            name,
             pid,
-            rootfs: bundle.join("rootfs"),
+            rootfs: self.rootfs(&container),
+            container,
+            ..pod
         })
+    }
+
+    /// Returns the merged view of a container as containerd mounted it.
+    pub fn rootfs(&self, container: &str) -> PathBuf {
+        self.bundle(container).join("rootfs")
     }
 
     fn bundle(&self, container: &str) -> PathBuf {

@@ -94,6 +94,11 @@ impl Docker {
         Ok(docker)
     }
 
+    /// Kills the engine, as in a crash: the containers keep running.
+    pub fn kill(&mut self) -> Result<()> {
+        self.daemon.kill().map(drop)
+    }
+
     pub fn docker<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Result<String> {
         run(command("docker", ["--host", &self.socket]).args(arguments))
     }

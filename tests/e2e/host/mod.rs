@@ -123,9 +123,7 @@ fn reap(root: &Path) {
             let _ = fs::remove_dir_all(Path::new("/run/runc").join(id));
         }
     }
-    for mount in mounts_below(root).iter().rev() {
-        let _ = umount2(mount, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
-    }
+    unmount_below(root);
     for group in groups.iter().rev() {
         let _ = fs::remove_dir(group);
     }
@@ -267,6 +265,25 @@ fn mounts_below(root: &Path) -> Vec<PathBuf> {
         .map(|point| PathBuf::from(OsStr::from_bytes(point)))
         .filter(|point| point.starts_with(root))
         .collect()
+}
+
+/// Unmounts everything below `root`.
+pub fn unmount_below(root: &Path) {
+    for mount in mounts_below(root).iter().rev() {
+        let _ = umount2(mount, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+    }
+}
+
+/// Kills all containers whose root is an overlay below `root`.
+pub fn end_containers(root: &Path) {
+    let needle = root.to_string_lossy().into_owned();
+    for pid in processes_of(root) {
+        let mounts = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
+        let mut lines = mounts.lines();
+        if lines.any(|line| line.split(' ').nth(4) == Some("/") && line.contains(&needle)) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
 }
 
 /// A server in the background, killed when dropped. Its output is in a log file.

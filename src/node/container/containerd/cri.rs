@@ -9,14 +9,14 @@ use crate::node::container::bolt::Bucket;
 use crate::node::container::error::Error;
 
 #[derive(Clone, Debug, Deserialize)]
-pub(super) struct CriContainer {
+pub(in crate::node::container) struct CriContainer {
     #[serde(rename = "SandboxID")]
     pub(super) sandbox_id: String,
     /// Digest of the image's config.
     #[serde(rename = "ImageRef", default)]
     pub(super) image_ref: String,
     #[serde(rename = "Config")]
-    pub(super) config: CriConfig,
+    pub(in crate::node::container) config: CriConfig,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -26,18 +26,21 @@ pub(super) struct CriSandbox {
 }
 
 #[derive(Clone, Debug, Deserialize)]
-pub(super) struct CriConfig {
-    pub(super) metadata: CriMetadata,
+pub(in crate::node::container) struct CriConfig {
+    pub(in crate::node::container) metadata: CriMetadata,
 }
 
 /// `ContainerMetadata` or `PodSandboxMetadata` of the CRI, as sent by the kubelet.
 #[derive(Clone, Debug, Default, Deserialize)]
-pub(super) struct CriMetadata {
+pub(in crate::node::container) struct CriMetadata {
     pub(super) name: String,
     #[serde(default)]
     pub(super) namespace: String,
     #[serde(default)]
     pub(super) uid: String,
+    /// How often it was created before.
+    #[serde(default)]
+    pub(in crate::node::container) attempt: u32,
 }
 
 /// Versioned JSON, the format of the extensions.

@@ -19,19 +19,19 @@ use std::path::{Path, PathBuf};
 
 pub(super) use prove::prove;
 
-use record::{Record, container_ids, record};
-use snapshot::{SnapshotId, chains_of, is_overlayfs, snapshots_of};
+pub(super) use record::{Record, container_ids, record};
+use snapshot::is_overlayfs;
+pub(super) use snapshot::{SnapshotId, chains_of, snapshots_of};
 
 use super::bolt;
 use super::bundle::Bundle;
 use super::error::{Error, Problem};
 use super::recorded::{RecordedContainer, RecordedRoot};
 use super::roots::{ContainerdRoot, Roots, pid_file, read_dir};
-use super::stopped::StoppedContainer;
 use super::{Pod, Runtime};
 
 const TASKS: &str = "io.containerd.runtime.v2.task";
-const METADATA: &str = "io.containerd.metadata.v1.bolt/meta.db";
+pub(super) const METADATA: &str = "io.containerd.metadata.v1.bolt/meta.db";
 
 /// A task according to its bundle directory.
 struct Task {
@@ -82,43 +82,8 @@ pub(super) fn recorded_containers(
     drafts
 }
 
-/// Lists containers without a task. What cannot be read is left out.
-pub(super) fn stopped_containers(roots: &Roots) -> Vec<StoppedContainer> {
-    let mut stopped = Vec::new();
-    for containerd in &roots.containerd {
-        let meta = roots.path(&containerd.root.join(METADATA));
-        let runs = |namespace: &str, id: &str| {
-            let bundle = containerd.state.join(TASKS).join(namespace).join(id);
-            roots.locate(&bundle.join("init.pid")).is_ok()
-        };
-        let found = bolt::read(&meta, |db| {
-            let mut found = Vec::new();
-            for (namespace, id) in container_ids(db)? {
-                if runs(&namespace, &id) {
-                    continue;
-                }
-                let Some(record) = record(db, &meta, &namespace, &id)? else {
-                    continue;
-                };
-                found.push(StoppedContainer {
-                    names: names(&record),
-                    pod: pod(&record),
-                    sandbox: record.sandbox,
-                    state: meta.clone(),
-                    namespace: Some(namespace),
-                    id,
-                    end: None,
-                });
-            }
-            Ok::<_, Error>(found)
-        });
-        stopped.extend(found.unwrap_or_default());
-    }
-    stopped
-}
-
 /// Returns the name that nerdctl gave the container.
-fn names(record: &Record) -> Vec<String> {
+pub(super) fn names(record: &Record) -> Vec<String> {
     let name = record.labels.get("nerdctl/name");
     name.filter(|name| !name.is_empty())
         .cloned()
@@ -127,13 +92,31 @@ fn names(record: &Record) -> Vec<String> {
 }
 
 /// Returns the pod according to the records of the CRI plugin.
-fn pod(record: &Record) -> Option<Pod> {
+pub(super) fn pod(record: &Record) -> Option<Pod> {
     let (cri, pod) = (record.cri.as_ref()?, record.pod.as_ref()?);
     Some(Pod {
         namespace: pod.namespace.clone(),
         name: pod.name.clone(),
         container: cri.config.metadata.name.clone(),
         uid: Some(pod.uid.clone()).filter(|uid| !uid.is_empty()),
+    })
+}
+
+/// Returns the directories of a container's snapshots, which are in `store`. Other snapshotters have other directory
+/// layouts.
+pub(super) fn root_of(
+    store: &Path,
+    record: &Record,
+    chain: Option<&[SnapshotId]>,
+) -> Option<RecordedRoot> {
+    let directory = |snap: &SnapshotId| Path::new(&snap.id.to_string()).join("fs");
+    let chain = chain.filter(|_| is_overlayfs(&record.snapshotter));
+    let (own, parents) = chain?.split_first()?;
+    Some(RecordedRoot {
+        store: store.to_path_buf(),
+        upper: directory(own),
+        lowers: Some(parents.iter().map(directory).collect()),
+        id_mapped: own.id_mapped(parents),
     })
 }
 
@@ -158,22 +141,11 @@ fn draft(
     let sandbox = record.sandbox
         || annotation("io.kubernetes.cri.container-type").as_deref() == Some("sandbox");
     let snapshots = snapshots_of(containerd, &record.snapshotter);
-    // Other snapshotters have other directory layouts.
     let chain = record
         .snapshot
         .as_ref()
-        .filter(|_| is_overlayfs(&record.snapshotter))
         .and_then(|key| chains.get(&(record.snapshotter.clone(), key.clone())));
-    let directory = |snap: &SnapshotId| Path::new(&snap.id.to_string()).join("fs");
-    let record_of_root = chain.and_then(|chain| {
-        let (own, parents) = chain.split_first()?;
-        Some(RecordedRoot {
-            store: snapshots.clone(),
-            upper: directory(own),
-            lowers: Some(parents.iter().map(directory).collect()),
-            id_mapped: own.id_mapped(parents),
-        })
-    });
+    let record_of_root = root_of(&snapshots, &record, chain.map(Vec::as_slice));
     RecordedContainer {
         runtime: Runtime::Containerd,
         names: names(&record),

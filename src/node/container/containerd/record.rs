@@ -6,25 +6,27 @@ use std::path::Path;
 use oci_spec::image::Descriptor;
 
 use super::cri::{CriContainer, CriMetadata, CriSandbox, extension};
-use super::protobuf::text;
+use super::protobuf::{any_value, text};
 use crate::common::digest::Digest;
 use crate::node::container::bolt::{Bucket, Snapshot, Value};
 use crate::node::container::error::Error;
 
 /// A container record of `meta.db`.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Record {
-    pub(super) image: Option<String>,
-    pub(super) snapshotter: String,
+pub(in crate::node::container) struct Record {
+    pub(in crate::node::container) image: Option<String>,
+    pub(in crate::node::container) snapshotter: String,
     /// Key in the snapshotter's own database.
-    pub(super) snapshot: Option<String>,
-    pub(super) labels: BTreeMap<String, String>,
+    pub(in crate::node::container) snapshot: Option<String>,
+    pub(in crate::node::container) labels: BTreeMap<String, String>,
     /// CRI data of the container, if it belongs to a pod.
-    pub(super) cri: Option<CriContainer>,
+    pub(in crate::node::container) cri: Option<CriContainer>,
     /// Whether it is the sandbox of a pod.
-    pub(super) sandbox: bool,
+    pub(in crate::node::container) sandbox: bool,
     /// CRI data of the pod's sandbox.
     pub(super) pod: Option<CriMetadata>,
+    /// The runtime spec, as JSON.
+    pub(in crate::node::container) spec: Option<Vec<u8>>,
 }
 
 /// An image record: a name and its target.
@@ -36,7 +38,7 @@ pub(super) struct ImageRecord {
 }
 
 /// Returns the record of a container, or `None` if it does not exist.
-pub(super) fn record(
+pub(in crate::node::container) fn record(
     db: &Snapshot<'_>,
     path: &Path,
     namespace: &str,
@@ -86,11 +88,16 @@ pub(super) fn record(
         cri,
         sandbox,
         pod: pod.map(|pod| pod.config.metadata),
+        spec: container
+            .get(b"spec")?
+            .and_then(|any| any_value(&any).map(<[u8]>::to_vec)),
     }))
 }
 
 /// Lists all containers in all namespaces, as namespace and ID.
-pub(super) fn container_ids(db: &Snapshot<'_>) -> Result<Vec<(String, String)>, Error> {
+pub(in crate::node::container) fn container_ids(
+    db: &Snapshot<'_>,
+) -> Result<Vec<(String, String)>, Error> {
     let mut ids = Vec::new();
     let Some(namespaces) = db.bucket(&[b"v1"])? else {
         return Ok(ids);

@@ -16,7 +16,7 @@ const MAX_CHAIN: usize = 512;
 
 /// A snapshot: the number of its directory, and its key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct SnapshotId {
+pub(in crate::node::container) struct SnapshotId {
     pub(super) id: u64,
     key: String,
     /// Whether a lazy snapshotter mounts it, so that its directory is empty without that mount.
@@ -50,7 +50,10 @@ pub(super) fn is_overlayfs(snapshotter: &str) -> bool {
     matches!(snapshotter, "" | "overlayfs")
 }
 
-pub(super) fn snapshots_of(containerd: &ContainerdRoot, snapshotter: &str) -> PathBuf {
+pub(in crate::node::container) fn snapshots_of(
+    containerd: &ContainerdRoot,
+    snapshotter: &str,
+) -> PathBuf {
     let snapshotter = if snapshotter.is_empty() {
         "overlayfs"
     } else {
@@ -62,7 +65,7 @@ pub(super) fn snapshots_of(containerd: &ContainerdRoot, snapshotter: &str) -> Pa
 }
 
 /// Returns the snapshots of each record, the container's own first, by snapshotter and key.
-pub(super) fn chains_of<'r>(
+pub(in crate::node::container) fn chains_of<'r>(
     roots: &Roots,
     containerd: &ContainerdRoot,
     records: impl Iterator<Item = &'r Record>,
@@ -240,7 +243,8 @@ pub(super) fn mounted_stack(
     layers.reverse();
     let ids: Vec<String> = parents.iter().map(|snap| snap.id.to_string()).collect();
     let proof = format!(
-        "mounted on snapshots {} of {}",
+        "{} snapshots {} of {}",
+        container.stands_on(),
         ids.join(", "),
         record.snapshotter
     );
