@@ -463,7 +463,7 @@ mod tests {
                 namespace: "jupyter".into(),
                 name: "nb-0".into(),
                 container: "notebook".into(),
-                uid: None,
+                ..Pod::default()
             }),
             life: Life::Running(Running {
                 pid: 42,

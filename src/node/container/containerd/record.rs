@@ -5,7 +5,7 @@ use std::path::Path;
 
 use oci_spec::image::Descriptor;
 
-use super::cri::{CriContainer, CriMetadata, CriSandbox, extension};
+use super::cri::{CriConfig, CriContainer, CriSandbox, extension};
 use super::protobuf::{any_value, text};
 use crate::common::digest::Digest;
 use crate::node::container::bolt::{Bucket, Snapshot, Value};
@@ -24,7 +24,7 @@ pub(in crate::node::container) struct Record {
     /// Whether it is the sandbox of a pod.
     pub(in crate::node::container) sandbox: bool,
     /// CRI data of the pod's sandbox.
-    pub(super) pod: Option<CriMetadata>,
+    pub(super) pod: Option<CriConfig>,
     /// The runtime spec, as JSON.
     pub(in crate::node::container) spec: Option<Vec<u8>>,
 }
@@ -87,7 +87,7 @@ pub(in crate::node::container) fn record(
         labels: labels(&container)?,
         cri,
         sandbox,
-        pod: pod.map(|pod| pod.config.metadata),
+        pod: pod.map(|pod| pod.config),
         spec: container
             .get(b"spec")?
             .and_then(|any| any_value(&any).map(<[u8]>::to_vec)),
