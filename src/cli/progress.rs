@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use indicatif::{DecimalBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::common::escape::text as escaped;
-use crate::save::event::{EVENT_VERSION, Event, Observer, Phase};
+use crate::save::event::{EVENT_VERSION, Event, Observer, Phase, WaitReason};
 
 /// Minimum interval between JSON lines about bytes.
 const JSON_INTERVAL: Duration = Duration::from_millis(100);
@@ -81,6 +81,22 @@ fn phase_text(phase: Phase) -> &'static str {
         Phase::Base => "delivering base layers",
         Phase::Finishing => "delivering config, manifest and tag",
     }
+}
+
+/// Returns what a save waits for. Another save is told of by a warning.
+fn waiting_text(reason: WaitReason, seconds: Option<f64>) -> Option<String> {
+    Some(match (reason, seconds) {
+        (WaitReason::Writers, _) => {
+            "waiting for programs that write to files of the container".to_owned()
+        }
+        (WaitReason::Registry, Some(seconds)) => {
+            format!("the registry did not answer as it should: it is asked again in {seconds:.0} s")
+        }
+        (WaitReason::Registry, None) => {
+            "the registry did not answer as it should: it is asked again".to_owned()
+        }
+        (WaitReason::OtherSave, _) => return None,
+    })
 }
 
 fn queued_text(place: u64) -> String {
@@ -205,6 +221,12 @@ impl<W: Write + Send> Observer for Lines<W> {
                 (Event::Phase { phase }, Some(_)) => {
                     state.last = Instant::now();
                     phase_text(phase).to_owned()
+                }
+                (Event::Waiting { reason, seconds }, Some(_)) => {
+                    match reason.and_then(|reason| waiting_text(reason, seconds)) {
+                        Some(text) => text,
+                        None => return,
+                    }
                 }
                 (Event::Paused { pause_ms }, Some(_)) => {
                     format!("the container was frozen for {pause_ms:.1} ms")
@@ -342,6 +364,11 @@ impl Observer for Bar {
                 self.clear();
             }
             Event::Failed { .. } => self.clear(),
+            Event::Waiting { reason, seconds } => {
+                if let Some(text) = reason.and_then(|reason| waiting_text(reason, seconds)) {
+                    self.show(&text);
+                }
+            }
             Event::Ready { .. } => {}
         }
     }

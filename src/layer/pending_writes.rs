@@ -34,11 +34,12 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use rustix::fs::SeekFrom;
 
+use crate::common::waits::{WaitReason, Waits};
 use crate::layer::scan::{Clock, Entry};
 use crate::node::overlay::root::Root;
 use crate::node::overlay::xattr::proc_path;
@@ -85,14 +86,16 @@ impl Default for Writers {
 pub(super) struct PendingWrites {
     writers: Writers,
     left_ms: AtomicU64,
+    waits: Arc<Waits>,
 }
 
 impl PendingWrites {
-    pub(super) fn new(writers: Writers) -> Self {
+    pub(super) fn new(writers: Writers, waits: Arc<Waits>) -> Self {
         let left = u64::try_from(writers.max_wait.as_millis()).unwrap_or(u64::MAX);
         Self {
             writers,
             left_ms: AtomicU64::new(left),
+            waits,
         }
     }
 
@@ -128,9 +131,11 @@ impl PendingWrites {
         let Ok(_) = thread.spawn(move || say.send(work()).ok()) else {
             return false;
         };
+        let waiting = self.waits.begin(WaitReason::Writers);
         let settled = answer
             .recv_timeout(left.min(MAX_WAIT_PER_FILE))
             .unwrap_or(false);
+        drop(waiting);
         let waited = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         let less = |left: u64| Some(left.saturating_sub(waited));
         let order = Ordering::Relaxed;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use super::content::{CapturedContents, Content};
 use super::pending_writes::{PendingWrites, Writers};
 use super::tar::{END, Header, RECORD};
+use crate::common::waits::Waits;
 use crate::layer::scan::{Entry, Kind, Scan};
 use crate::node::overlay::lower::join;
 
@@ -63,7 +64,7 @@ impl Plan {
             tar_size: 0,
             timestamp,
             captured: Arc::default(),
-            pending_writes: Arc::new(PendingWrites::new(Writers::default())),
+            pending_writes: Arc::new(PendingWrites::new(Writers::default(), Arc::default())),
             scan,
         };
         let scan = Arc::clone(&plan.scan);
@@ -107,8 +108,14 @@ impl Plan {
 
     /// Sets which writers may be modifying the files during the read.
     #[must_use]
-    pub fn with_writers(mut self, writers: Writers) -> Self {
-        self.pending_writes = Arc::new(PendingWrites::new(writers));
+    pub fn with_writers(self, writers: Writers) -> Self {
+        self.with_counted_writers(writers, Arc::default())
+    }
+
+    /// Like [`Plan::with_writers`]; waits for them are counted in `waits`.
+    #[must_use]
+    pub(crate) fn with_counted_writers(mut self, writers: Writers, waits: Arc<Waits>) -> Self {
+        self.pending_writes = Arc::new(PendingWrites::new(writers, waits));
         self
     }
 

@@ -10,6 +10,7 @@ use sha2::{Digest as _, Sha256};
 use super::trees::Baseline;
 use super::{CapturedTrees, Context, Error, Options, Rules, base};
 use crate::common::digest::{ChainId, Digest};
+use crate::common::waits::WaitReason;
 use crate::image::manifest;
 use crate::layer::scan::Stored;
 use crate::node::container::{Base, BaseLayer, Container, MountPoint, Volume};
@@ -165,7 +166,7 @@ impl LastSave {
 
 /// Takes the lock that allows one save of a container at a time. Returns `None` if there is no place for the lock file.
 async fn lock(context: &Context, store: &Store, container: &Container) -> Option<Lock> {
-    let mut told = false;
+    let mut waiting = None;
     loop {
         match store.try_lock(&container.id) {
             Ok(Some(lock)) => return Some(lock),
@@ -178,12 +179,12 @@ async fn lock(context: &Context, store: &Store, container: &Container) -> Option
                 return None;
             }
         }
-        if !told {
+        if waiting.is_none() {
+            waiting = Some(context.registries.waits().begin(WaitReason::OtherSave));
             context.warn(
                 "waiting",
                 "another save of this container is under way: waiting for its end".to_owned(),
             );
-            told = true;
         }
         // Cancellation drops this future.
         tokio::time::sleep(LOCK_POLL_INTERVAL).await;

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::common::digest::Digest;
+pub use crate::common::waits::WaitReason;
 
 /// Version of the event lines. It is incremented when a field changes its meaning or is removed, not when one is added.
 pub const EVENT_VERSION: u32 = 1;
@@ -78,6 +79,14 @@ pub enum Event {
     Paused {
         /// Time from the write of the freeze to the read-back of the thaw, in milliseconds.
         pause_ms: f64,
+    },
+    /// The save waits for something beside its own work, or not any more. Short waits are not reported.
+    Waiting {
+        /// What it waits for; `null`: for nothing any more.
+        reason: Option<WaitReason>,
+        /// Seconds until the end of the wait, if that is known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        seconds: Option<f64>,
     },
     /// Everything but the tag is delivered. With `--gate-fd` the save waits for the answer.
     Ready {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{Context, Error, Options, Pause};
+use crate::common::waits::WaitReason;
 use crate::node::container::{Container, Running};
 use crate::node::freeze::{self, Frozen};
 
@@ -90,17 +91,17 @@ pub(super) async fn claim(
     running: &Running,
     how: &freeze::Options,
 ) -> Result<Option<freeze::Claim>, Error> {
-    let mut told = false;
+    let mut waiting = None;
     loop {
         match freeze::claim(running.pid, Some(running.pid_start), how)? {
             freeze::Claimed::Held(claim) => return Ok(Some(claim)),
             freeze::Claimed::Nowhere => return Ok(None),
             freeze::Claimed::Busy => {}
         }
-        if !told {
+        if waiting.is_none() {
+            waiting = Some(context.registries.waits().begin(WaitReason::OtherSave));
             let why = "another save has this container frozen: waiting for its end";
             context.warn("waiting", why.to_owned());
-            told = true;
         }
         // Cancellation drops this future.
         tokio::time::sleep(TURN).await;

@@ -44,14 +44,19 @@ pub(super) async fn write_modes(
 }
 
 /// Prepares plans, one per tree, that are read beside the running container.
-pub(super) fn prepare_running(plans: Vec<Plan>, volumes: &[Volume], ways: WriteModes) -> Vec<Plan> {
+pub(super) fn prepare_running(
+    context: &Context,
+    plans: Vec<Plan>,
+    volumes: &[Volume],
+    ways: WriteModes,
+) -> Vec<Plan> {
     let writers = Writers {
         direct: ways.direct || ways.asynchronous,
         remote: false,
         frozen: false,
         max_wait: RUNNING_TIMEOUT,
     };
-    with_writers(plans, volumes, writers)
+    with_writers(context, plans, volumes, writers)
 }
 
 /// Prepares plans of a container without processes.
@@ -66,6 +71,7 @@ pub(super) fn prepare_ended(plans: Vec<Plan>) -> Vec<Plan> {
 /// Prepares plans that are read while the container is frozen, for at most `bound`. Synchronous direct writes have
 /// ended by then.
 pub(super) fn prepare_frozen(
+    context: &Context,
     plans: Vec<Plan>,
     volumes: &[Volume],
     ways: WriteModes,
@@ -82,18 +88,24 @@ pub(super) fn prepare_frozen(
         frozen: true,
         max_wait,
     };
-    with_writers(plans, volumes, writers)
+    with_writers(context, plans, volumes, writers)
 }
 
-fn with_writers(plans: Vec<Plan>, volumes: &[Volume], writers: Writers) -> Vec<Plan> {
+fn with_writers(
+    context: &Context,
+    plans: Vec<Plan>,
+    volumes: &[Volume],
+    writers: Writers,
+) -> Vec<Plan> {
     let told = |(tree, plan): (usize, Plan)| {
         let volume = tree.checked_sub(1).and_then(|at| volumes.get(at));
-        plan.with_writers(Writers {
+        let writers = Writers {
             // Programs elsewhere that write to a volume are unknown.
             direct: writers.direct || volume.is_some(),
             remote: volume.is_some_and(|volume| !volume.local),
             ..writers
-        })
+        };
+        plan.with_counted_writers(writers, context.registries.waits())
     };
     plans.into_iter().enumerate().map(told).collect()
 }

@@ -196,7 +196,7 @@ async fn run_precopy(
         // descriptor that still exists.
         let ways = in_flight_writes::write_modes(context, container).await?;
         let plans = trees::plans(changes, options.timestamp);
-        let plans = in_flight_writes::prepare_running(plans, volumes, ways);
+        let plans = in_flight_writes::prepare_running(context, plans, volumes, ways);
         let way = capture::method(&plans, options.live_limit);
         if way != CaptureMethod::Impossible || round == MAX_PRECOPY_ROUNDS {
             let plans = if way == CaptureMethod::Clones {
@@ -390,7 +390,7 @@ async fn capture_frozen(
         None
     };
     let plans = trees::plans(changes, options.timestamp);
-    let plans = in_flight_writes::prepare_frozen(plans, volumes, rounds.ways, bound);
+    let plans = in_flight_writes::prepare_frozen(context, plans, volumes, rounds.ways, bound);
     if bound.is_some_and(|bound| since.elapsed() >= bound) {
         return Err(pause_too_long(bound.unwrap_or_default()));
     }

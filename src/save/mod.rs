@@ -24,6 +24,7 @@ mod tag;
 mod tally;
 mod trees;
 mod upper;
+mod waiting;
 mod warnings;
 
 use std::path::PathBuf;
@@ -207,6 +208,8 @@ pub(crate) async fn commit(
         room: Arc::default(),
         tally: Arc::default(),
     };
+    let waits = context.registries.waits();
+    let _waiting = waiting::Reporter::start(waits, Arc::clone(&context.observer));
     let mut attempt = 1;
     let (subject, made, permit) = loop {
         let subject = until_cancelled(cancel, Subject::find(&context, options, &target)).await?;
@@ -580,8 +583,8 @@ async fn capture_once(
         .and(options.max_pause)
         .filter(|bound| !bound.is_zero());
     let plans = match frozen {
-        Some(_) => in_flight_writes::prepare_frozen(plans, volumes, ways, bound),
-        None => in_flight_writes::prepare_running(plans, volumes, ways),
+        Some(_) => in_flight_writes::prepare_frozen(context, plans, volumes, ways, bound),
+        None => in_flight_writes::prepare_running(context, plans, volumes, ways),
     };
     let plans = trees::split_plans(plans, options.layer_size);
 

@@ -169,6 +169,8 @@ async fn what_is_accepted_says_where_its_state_is() -> Outcomes {
         let save: Value = answer.json().await?;
         let path = format!("/api/v1/saves/{}", save["id"].as_str().unwrap_or_default());
         assert_eq!(location, format!("{root}{path}"));
+        let (_, problem) = ask(manager.address, Who::Alice, Method::GET, "/none", None).await?;
+        assert_eq!(problem["type"], format!("{root}/docs/errors#not_found"));
         assert_eq!(
             get(manager.address, Who::Alice, &path).await?["id"],
             save["id"]

@@ -4,12 +4,14 @@ use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
-use upperdeck::service::job::{Code, Load, NextStep, Outcome, Question, Update, Verdict};
+use upperdeck::service::job::{
+    Code, Event, Load, NextStep, Outcome, Question, Update, Verdict, WaitReason,
+};
 use upperdeck::service::queue::ClaimState;
 
 use crate::site::{
-    Agent, Outcomes, PATIENCE, Site, Who, ask, empty_queue, get, id, request, session, submit,
-    succeeded, until,
+    Agent, Events, Outcomes, PATIENCE, Site, Who, ask, empty_queue, get, id, request, session,
+    submit, succeeded, until,
 };
 
 fn failed(retryable: bool) -> Outcome {
@@ -458,6 +460,76 @@ async fn figures_and_readiness_are_told() -> Outcomes {
         (&nodes["nodes"][0]["name"], &nodes["nodes"][0]["alive"]),
         (&json!("n1"), &json!(true))
     );
+    manager.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_running_save_waits_for_is_shown_and_told_until_it_is_over() -> Outcomes {
+    let sessions = [session(1, Some("alice"))];
+    let (_site, manager, agent) = Site::at_work(&sessions).await?;
+    let at = manager.address;
+    let busy = Load {
+        cores: 4,
+        cpu_pressure: Some(90.0),
+        background: true,
+        ..Load::default()
+    };
+    agent.heartbeat_with(&sessions, busy).await?;
+    let job = submit(at, Who::Alice, &id(1), "v1").await?;
+    let path = format!("/api/v1/saves/{job}");
+    let claim = agent.claim().await?;
+    agent.begin(&claim).await?;
+    let mut events = Events::of(at, Who::Alice, job, None).await?;
+    let says = |reason, seconds| Update::Event {
+        event: Event::Waiting { reason, seconds },
+    };
+    let mut seq = 1;
+    for (reason, seconds, shown) in [
+        (Some(WaitReason::Writers), None, "writers"),
+        (Some(WaitReason::Registry), Some(600.0), "registry"),
+        (Some(WaitReason::OtherSave), None, "other_save"),
+        // What follows from the node's load again.
+        (None, None, "cores"),
+    ] {
+        seq += 1;
+        agent
+            .send_update(&claim, seq, says(reason, seconds))
+            .await?;
+        let save = until(at, Who::Alice, &path, |save| {
+            save["waiting"]["reason"] == shown
+        })
+        .await?;
+        assert_eq!(
+            (&save["waiting"]["node"], &save["state"]),
+            (&json!("n1"), &json!("running"))
+        );
+        assert_eq!(
+            save["waiting"]["until"].is_string(),
+            seconds.is_some(),
+            "{save}"
+        );
+        while events.next().await?.ok_or("the stream has ended")?.data["waiting"]["reason"] != shown
+        {
+        }
+    }
+    // A pause that is over without a word of it is not shown for ever.
+    agent
+        .send_update(
+            &claim,
+            seq + 1,
+            says(Some(WaitReason::Registry), Some(0.001)),
+        )
+        .await?;
+    until(at, Who::Alice, &path, |save| {
+        save["waiting"]["reason"] == "cores"
+    })
+    .await?;
+    agent
+        .send_update(&claim, seq + 2, says(Some(WaitReason::Writers), None))
+        .await?;
+    agent.end(&claim, seq + 3, succeeded()).await?;
+    let save = until(at, Who::Alice, &path, |save| save["state"] == "succeeded").await?;
+    assert_eq!(save["waiting"], json!(null));
     manager.stop().await
 }
 

@@ -109,6 +109,22 @@ async fn packages_are_listed_compared_and_searched() -> Outcomes {
             "{search}"
         );
     }
+    // The text of the page's box may be a package, too.
+    for (search, found) in [
+        ("NumPy==2.1", 1),
+        ("rich", 1),
+        ("torch", 2),
+        ("v1", 1),
+        ("num", 0),
+        ("%3D%3D1", 0),
+    ] {
+        let path = format!("/api/v1/images?search={search}");
+        assert_eq!(
+            get(at, Who::Alice, &path).await?["total"],
+            found,
+            "{search}"
+        );
+    }
     let (status, _) = ask(
         at,
         Who::Alice,

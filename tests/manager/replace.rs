@@ -213,6 +213,22 @@ async fn what_is_pinned_stays_and_what_is_shared_is_seen_and_not_changed() -> Ou
     }
     let alices = get(at, Who::Alice, "/api/v1/shared").await?;
     assert_eq!(alices["images"], json!([]));
+    // The colleague does not want it; only with whom it is shared can say so, and the owner can share it again.
+    let declined = format!("/api/v1/shared/alice/torch/digests/{digest}");
+    for (who, expected) in [
+        (Who::Alice, StatusCode::NOT_FOUND),
+        (Who::Bob, StatusCode::NO_CONTENT),
+        (Who::Bob, StatusCode::NOT_FOUND),
+    ] {
+        let (status, answer) = ask(at, who, Method::DELETE, &declined, None).await?;
+        assert_eq!(status, expected, "{who:?} {answer}");
+    }
+    let shared = get(at, Who::Bob, "/api/v1/shared").await?;
+    assert_eq!(shared["images"], json!([]));
+    let (_, again) = change(Who::Alice, json!({"shared": ["bob"]})).await?;
+    assert_eq!(again["shared"], json!(["bob"]), "{again}");
+    let shared = get(at, Who::Bob, "/api/v1/shared").await?;
+    assert_eq!(shared["images"][0]["digest"], json!(digest.to_string()));
     for wrong in [
         json!({"description": "x".repeat(1001)}),
         json!({"description": "bell \u{7}"}),

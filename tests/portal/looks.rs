@@ -33,6 +33,7 @@ fn populate(standin: &Standin) {
     });
     world.images[1].pinned = true;
     world.images[2].shared = vec!["jun".to_owned()];
+    crate::packages::populate(&mut world);
     let mut lent = world.image("survey", &["v3"], Category::Cpu, 3_000_000_000, 50, None);
     "jun".clone_into(&mut lent.user);
     world.shared.push(lent);
@@ -123,6 +124,9 @@ fn views(browser: &Browser, standin: &Standin, each: &mut dyn FnMut(&str) -> Out
     browser.until("the end", "return !document.querySelector('progress') && [...document.querySelectorAll('.state time')].at(-1).textContent.match(/just now|방금/)", json!([]))?;
     each("saved")?;
     second_save(browser, each)?;
+    browser.click("article:first-of-type .installed > summary")?;
+    browser.see("numpy")?;
+    each("packages-session")?;
     for (view, count) in [("images", 3), ("history", 3), ("operations", 1)] {
         browser.go(&standin.url(view))?;
         browser.until(
@@ -135,6 +139,10 @@ fn views(browser: &Browser, standin: &Standin, each: &mut dyn FnMut(&str) -> Out
     browser.click(".entry > summary")?;
     each("operations-open")?;
     browser.go(&standin.url("images"))?;
+    browser.click(".installed > summary")?;
+    browser.click(".choice button:nth-child(2)")?;
+    browser.see("httpx")?;
+    each("packages-image")?;
     browser.click(".commands summary")?;
     each("commands")?;
     browser.click(".more summary")?;
@@ -319,7 +327,7 @@ fn axe_finds_nothing_serious_in_any_view_light_or_dark() -> Outcome {
             seen += 1;
             Ok(())
         })?;
-        assert_eq!(seen, 17);
+        assert_eq!(seen, 19);
     }
     Ok(())
 }

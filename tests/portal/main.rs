@@ -9,6 +9,7 @@ mod calls;
 mod delivery;
 mod looks;
 mod mail;
+mod packages;
 mod provider;
 mod replacing;
 mod saving;

@@ -19,6 +19,7 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use jiff::{SignedDuration, Timestamp};
 use tokio::runtime::Runtime;
+use upperdeck::image::packages::Packages;
 use upperdeck::service::job::{
     Category, Code, JobId, Kind, Load, NextSave, Phase, Saved, State, Unsaved,
 };
@@ -63,6 +64,8 @@ pub struct World {
     pub mute: bool,
     /// The requests for saves as received.
     pub asked: Vec<SaveRequest>,
+    /// Lists of packages by `ID` of a session or save, or `ID since ID`.
+    pub packages: HashMap<String, Packages>,
     keys: HashMap<String, JobId>,
 }
 
@@ -187,6 +190,7 @@ impl World {
             calls: vec![],
             mute: false,
             asked: vec![],
+            packages: HashMap::new(),
             keys: HashMap::new(),
         };
         world.images = vec![
@@ -597,7 +601,7 @@ pub fn refusal(status: StatusCode, code: &str, message: &str) -> (StatusCode, Pr
     (status, detail)
 }
 
-fn refuse((status, problem): (StatusCode, Problem)) -> Response {
+pub fn refuse((status, problem): (StatusCode, Problem)) -> Response {
     let kind = [("content-type", "application/problem+json")];
     (status, kind, serde_json::to_string(&problem).unwrap()).into_response()
 }
@@ -800,7 +804,9 @@ async fn images(
         .images
         .iter()
         .filter(|image| {
-            image.name.contains(&word) || image.tags.iter().any(|tag| tag.name.contains(&word))
+            image.name.contains(&word)
+                || image.tags.iter().any(|tag| tag.name.contains(&word))
+                || crate::packages::has(&world, image, &word)
         })
         .filter(|image| {
             query
@@ -911,6 +917,17 @@ async fn shared(Given(world): Given<Shared>, headers: HeaderMap) -> Reply {
     .into_response())
 }
 
+async fn decline(
+    Given(world): Given<Shared>,
+    headers: HeaderMap,
+    Path((user, name, digest)): Path<(String, String, String)>,
+) -> Reply {
+    let mut world = enter(&world, &headers, true)?;
+    let same = |one: &ImageView| one.user == user && one.name == name && one.digest == digest;
+    world.shared.retain(|one| !same(one));
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
 async fn quota(Given(world): Given<Shared>, headers: HeaderMap) -> Reply {
     Ok(Json(enter(&world, &headers, false)?.quota.clone()).into_response())
 }
@@ -961,8 +978,10 @@ fn routes(world: Shared) -> Router {
             axum::routing::patch(change).delete(remove_untagged),
         )
         .route("/shared", get(shared))
+        .route("/shared/{user}/{name}/digests/{digest}", delete(decline))
         .route("/quota", get(quota))
         .route("/nodes", get(nodes))
+        .route("/{of}/{id}/packages", get(crate::packages::list))
         .route("/notify/email", axum::routing::put(crate::mail::set))
         .route("/dead", get(dead))
         .layer(axum::middleware::from_fn_with_state(world.clone(), count));

@@ -77,6 +77,11 @@ fn versions_are_grouped_described_pinned_shared_and_started() -> Outcome {
         !offered.to_string().contains("Delete") && !offered.to_string().contains("Pin"),
         "{offered}"
     );
+    browser.click(".others [aria-label^='Remove from my list']")?;
+    browser.see("can share it with you again")?;
+    browser.click("dialog .danger")?;
+    browser.see("is not in your list any more")?;
+    assert!(standin.world().shared.is_empty());
     assert_eq!(standin.world().forged, 0);
     browser.assert_clean()
 }

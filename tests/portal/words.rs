@@ -95,6 +95,7 @@ fn every_language_has_every_word() -> Outcome {
         "images.js",
         "mail.js",
         "operations.js",
+        "packages.js",
         "row.js",
         "saves.js",
         "sessions.js",

@@ -108,6 +108,41 @@ fn the_save_that_ended_last_has_the_tag() -> Outcomes {
 }
 
 #[test]
+fn what_a_user_declines_is_not_shared_with_that_user_and_with_others_it_is() -> Outcomes {
+    on_both(async |place: String| {
+        let record = Record::open(&place).await?;
+        let key = |name: &str| ImageKey {
+            user: "alice".into(),
+            name: name.into(),
+            digest: "sha256:1".into(),
+        };
+        let user = NoteChange {
+            shared: Some(vec!["bob".into(), "carol".into()]),
+            ..NoteChange::default()
+        };
+        let group = NoteChange {
+            groups: Some(vec!["lab".into()]),
+            ..NoteChange::default()
+        };
+        record.change_note(&key("own"), &user).await?;
+        record.change_note(&key("group"), &group).await?;
+        for name in ["own", "group", "none"] {
+            record.decline(&key(name), "bob").await?;
+            record.decline(&key(name), "bob").await?;
+        }
+        let lab = ["lab".to_owned()];
+        assert_eq!(record.shared_with("bob", &lab).await?, []);
+        assert_eq!(record.shared_with("carol", &lab).await?.len(), 2);
+        assert_eq!(record.note(&key("own")).await?.shared, ["carol"]);
+        assert_eq!(record.note(&key("group")).await?.groups, ["lab"]);
+        // By name it can be shared again.
+        record.change_note(&key("own"), &user).await?;
+        assert_eq!(record.shared_with("bob", &lab).await?, [key("own")]);
+        Ok(())
+    })
+}
+
+#[test]
 fn one_who_shares_very_many_images_does_not_crowd_out_the_others() -> Outcomes {
     on_both(async |place: String| {
         let record = Record::open(&place).await?;

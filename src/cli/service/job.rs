@@ -239,6 +239,16 @@ fn waiting_text(waiting: &Waiting, can_hurry: bool) -> String {
             Some(until) => format!("the last attempt failed; the next one begins at {until}"),
             None => "the last attempt failed".to_owned(),
         },
+        WaitingReason::Writers => {
+            "waiting for programs that write to files of the session".to_owned()
+        }
+        WaitingReason::Registry => match &waiting.until {
+            Some(until) => {
+                format!("the registry did not answer as it should; asked again at {until}")
+            }
+            None => "the registry did not answer as it should; it is asked again".to_owned(),
+        },
+        WaitingReason::OtherSave => "another save of the session is under way".to_owned(),
         WaitingReason::Node => format!("node {node} is not heard of"),
         WaitingReason::Draining => format!("{node} takes no new saves: its agent ends"),
         WaitingReason::QueueDown => "it is recorded; the queue cannot be reached".to_owned(),

@@ -8,7 +8,7 @@ mod seal;
 mod session;
 mod state;
 
-pub use crate::save::event::{EVENT_VERSION, Event, Observer, Phase};
+pub use crate::save::event::{EVENT_VERSION, Event, Observer, Phase, WaitReason};
 pub use order::{JobId, Order, Replaces, SaveOptions};
 pub use question::{Answer, NextStep, Question, Verdict};
 pub use report::{Outcome, Report, Saved, Update};

@@ -18,7 +18,7 @@ use super::api::{Deleted, ImageTag, ImageView, Images as Shown, Quota};
 use super::auth::Caller;
 use super::extract::{Path, QueryParams};
 use super::notes::{annotate, check_unpinned};
-use super::packages::retain_with;
+use super::packages::{retain_with, saves_with};
 use super::paging::{LIMIT, Listed, cut, limit};
 use super::refusal::Refusal;
 use super::replace::seen;
@@ -360,7 +360,8 @@ enum CategoryOrAny {
 pub(super) struct ImagesQuery {
     /// For administrators: only images of this user.
     user: Option<String>,
-    /// Only images with this text in the name, a tag or the message; at most 100 characters.
+    /// Only images with this text in the name, a tag or the message, and those with a package that is called so, as with
+    /// `package`; at most 100 characters.
     search: Option<String>,
     /// Only images with this package, as `NAME` or `NAME==VERSION`, that their bases do not have in this version.
     package: Option<String>,
@@ -485,9 +486,12 @@ pub(super) async fn images(
         Some(CategoryOrAny::Gpu) => Some(Category::Gpu),
         _ => None,
     };
+    let asked_text = asked.search.as_deref().unwrap_or_default();
+    let with_package = saves_with(&app, user.as_deref(), asked_text).await?;
     views.retain(|view| {
         let has = |text: &str| text.to_lowercase().contains(&search);
         let text = search.is_empty()
+            || view.save.is_some_and(|save| with_package.contains(&save))
             || has(&view.name)
             || view.tags.iter().any(|tag| has(&tag.name))
             || view.message.as_deref().is_some_and(has);

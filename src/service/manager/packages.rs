@@ -1,5 +1,7 @@
 //! The packages of sessions and of saved images, by which they differ from their bases.
 
+use std::collections::HashSet;
+
 use axum::Json;
 use axum::extract::State as Extracted;
 use serde::{Deserialize, Serialize};
@@ -116,6 +118,18 @@ pub(super) async fn retain_with(
     let found = app.record.saves_with_package(user, name, version).await?;
     views.retain(|view| view.save.is_some_and(|save| found.contains(&save)));
     Ok(())
+}
+
+/// Returns the saves whose images have the package `text`, if that can be one.
+pub(super) async fn saves_with(
+    app: &App,
+    user: Option<&str>,
+    text: &str,
+) -> Result<HashSet<JobId>, Refusal> {
+    match parse_search(text) {
+        Ok((name, version)) => Ok(app.record.saves_with_package(user, name, version).await?),
+        Err(_) => Ok(HashSet::new()),
+    }
 }
 
 fn parse_search(text: &str) -> Result<(&str, Option<&str>), Refusal> {

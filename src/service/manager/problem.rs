@@ -12,7 +12,8 @@ pub(super) const MEDIA_TYPE: &str = "application/problem+json";
 /// A problem: the body of every error response, according to RFC 9457.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Problem {
-    /// Address of the documentation of this kind of problem, relative to the service: `/docs/errors#` and the code.
+    /// Address of the documentation of this kind of problem: `/docs/errors#` and the code, below the service's public URL
+    /// if the administrator has set it.
     #[serde(rename = "type", default)]
     #[schema(format = "uri-reference")]
     pub kind: String,

@@ -115,8 +115,23 @@ impl IntoResponse for Refusal {
             let scheme = HeaderValue::from_static("Bearer realm=\"upperdeck\"");
             headers.insert(header::WWW_AUTHENTICATE, scheme);
         }
+        // For `addressed`, which knows the service's address.
+        response.extensions_mut().insert(self.problem);
         response
     }
+}
+
+/// Gives the type of a problem the address at which callers reach the service, if that is known: `of` returns it for a
+/// path.
+pub(super) fn addressed(mut response: Response, of: impl FnOnce(&str) -> String) -> Response {
+    let Some(mut problem) = response.extensions_mut().remove::<Box<Problem>>() else {
+        return response;
+    };
+    problem.kind = of(problem.kind.trim_start_matches('/'));
+    let body = serde_json::to_string(&*problem).unwrap_or_default();
+    response.headers_mut().remove(header::CONTENT_LENGTH);
+    *response.body_mut() = body.into();
+    response
 }
 
 impl utoipa::IntoResponses for Refusal {

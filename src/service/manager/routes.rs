@@ -20,7 +20,7 @@ use utoipa_axum::routes;
 
 use super::cors::Cors;
 use super::extract::RequestGuard;
-use super::refusal::Refusal;
+use super::refusal::{Refusal, addressed};
 use super::{
     App, api, conditional, describe, docs, events, feed, hurry, images, inventory, notify, oidc,
     packages, paging, rename, saves, sharing, signin, status,
@@ -95,6 +95,7 @@ fn api() -> OpenApiRouter<App> {
         ))
         .routes(routes!(images::quota))
         .routes(routes!(sharing::shared))
+        .routes(routes!(sharing::decline))
         .routes(routes!(inventory::nodes))
         .routes(routes!(status::version))
         .routes(routes!(status::healthz))
@@ -285,7 +286,7 @@ async fn middleware(Extracted(app): Extracted<App>, request: Request, next: Next
     .instrument(span)
     .await;
     drop(guard);
-    response = as_problem(response);
+    response = addressed(as_problem(response), |path| app.options.at(path));
     paging::add_link(query.as_deref(), &mut response);
     if let Some(asked) = asked {
         response = conditional::with_etag(&asked, response).await;

@@ -249,6 +249,7 @@ pub(super) async fn accept(
         base: session.image.clone(),
         state: State::Queued,
         phase: None,
+        held: None,
         attempt: 1,
         failures: 0,
         fence: 0,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use axum::Json;
 use axum::extract::State as Extracted;
-use axum::http::HeaderMap;
+use axum::http::{HeaderMap, StatusCode};
 
 use super::App;
 use super::api::{ImageChange, ImageView, Images};
@@ -68,6 +68,41 @@ pub(super) async fn shared(
         next: next.clone(),
     };
     Ok(Listed(page, next))
+}
+
+/// Ends the sharing of an image with the caller, who does not see it any more.
+///
+/// Its owner can share it with the caller by name again; with a group of the caller's, it stays out of the caller's list.
+#[utoipa::path(
+    delete, path = "/api/v1/shared/{user}/{name}/digests/{digest}", tag = "images",
+    params(
+        ("user" = String, Path, description = "The image's owner"),
+        ("name" = String, Path, description = "The image's name"),
+        ("digest" = String, Path, description = "Digest of the manifest, `sha256:` and 64 hexadecimal digits")
+    ),
+    responses((status = 204, description = "It is not shared with the caller any more"), Refusal)
+)]
+pub(super) async fn decline(
+    Extracted(app): Extracted<App>,
+    caller: Caller,
+    Path((user, name, digest)): Path<(String, String, String)>,
+) -> Result<StatusCode, Refusal> {
+    let own = caller.require_user()?;
+    let digest = parse_digest(&digest)?.to_string();
+    let key = ImageKey { user, name, digest };
+    let shared = app.record.shared_with(own, &caller.groups).await?;
+    if !shared.contains(&key) {
+        return Err(Refusal::not_found("no such image is shared with you"));
+    }
+    app.record.decline(&key, own).await?;
+    tracing::info!(
+        caller = caller.name,
+        owner = key.user,
+        image.name = key.name,
+        digest = key.digest,
+        "a share is declined"
+    );
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Returns the image of a user with this name and digest.

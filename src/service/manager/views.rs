@@ -1,12 +1,34 @@
 //! Saves as the API shows them: with what holds them back and what became of their images.
 
 use super::App;
-use super::api::{ImageFate, ImageState, Progress, Save as Shown, SaveError, Warning};
+use super::api::{
+    ImageFate, ImageState, Progress, Save as Shown, SaveError, Waiting, WaitingReason, Warning,
+};
 use super::refusal::Refusal;
 use super::standing::{Standing, standings};
 use super::time::rfc3339;
-use crate::service::job::State;
+use crate::service::job::{State, WaitReason, now_ms};
 use crate::service::record::{Fate, Save};
+
+/// Returns what holds a save back. What its own process says is more exact than what follows from its node's load, unless
+/// the node is not heard of.
+fn waiting(save: &Save, standing: &Standing) -> Option<Waiting> {
+    let of_node = standing.waiting.as_ref();
+    let lost = of_node.is_some_and(|waiting| waiting.reason == WaitingReason::Node);
+    let held = save.held.filter(|_| save.state == State::Running && !lost);
+    let Some(held) = held.filter(|held| held.until_ms.is_none_or(|end| end > now_ms())) else {
+        return standing.waiting.clone();
+    };
+    Some(Waiting {
+        reason: match held.reason {
+            WaitReason::Writers => WaitingReason::Writers,
+            WaitReason::Registry => WaitingReason::Registry,
+            WaitReason::OtherSave => WaitingReason::OtherSave,
+        },
+        node: save.node.clone(),
+        until: held.until_ms.map(rfc3339),
+    })
+}
 
 /// Converts a save to its representation in the API.
 pub(super) fn shown(save: &Save, standing: &Standing) -> Shown {
@@ -29,7 +51,7 @@ pub(super) fn shown(save: &Save, standing: &Standing) -> Shown {
         phase: save.phase,
         since: save.since_ms.map(rfc3339),
         place: standing.place.filter(|_| save.state == State::Queued),
-        waiting: standing.waiting.clone().filter(|_| open),
+        waiting: waiting(save, standing).filter(|_| open),
         attempt: save.attempt,
         progress: save.progress.map(|progress| Progress {
             bytes_done: progress.bytes_done,

@@ -5,6 +5,7 @@ import { badges } from "./contents.js";
 import { announce, ask, copier, element, fill, follow, look, named } from "./element.js";
 import { bytes, percent, when } from "./format.js";
 import { plain, sentence, t } from "./language.js";
+import { ofImage } from "./packages.js";
 import { changes, words } from "./saves.js";
 
 const PAGE = 50;
@@ -112,6 +113,20 @@ async function say(image, change, me, done, said) {
   }
 }
 
+/** Takes an image that another user shares out of the list. */
+async function decline(image, done) {
+  const what = `${image.name}@${image.digest.slice(7, 19)}`;
+  if (!await ask(sentence("decline.title", { image: named(what) }), element("p", {}, sentence("decline.body", { user: named(image.user) })), t("decline"), t("keep"))) return;
+  try {
+    await insist("DELETE", path("shared", image.user, image.name, "digests", image.digest), {});
+    done(t("declined", { image: what }));
+  } catch (error) {
+    if (error instanceof Refused && error.status === 404) return done(t("declined", { image: what }));
+    if (!(error instanceof Refused || error instanceof Lost)) throw error;
+    done(null, words(error));
+  }
+}
+
 /** Describe and share, for who opens it. */
 function edit(image, me, done) {
   const id = `i-${image.digest.slice(7, 19)}`;
@@ -137,7 +152,7 @@ function edit(image, me, done) {
 }
 
 /** One version of an image: a save. `others`: it is another user's, who shares it. */
-function version(first, me, done, others) {
+function version(first, me, done, others, versions) {
   const message = element("p", { class: "message" });
   const meta = element("p", { class: "dim metas" });
   const tags = element("ul", { class: "tags" });
@@ -145,7 +160,8 @@ function version(first, me, done, others) {
   const use = element("details", { class: "commands" });
   const pin = element("button", { type: "button", class: "quiet" });
   const block = element("div", { class: "version" }, message, meta, tags, bare,
-    element("div", { class: "tools-of" }, use, others ? null : [edit(first, me, done), pin]));
+    element("div", { class: "tools-of" }, others || !first.save ? null : ofImage(first, me, versions), use,
+      others ? element("button", { type: "button", class: "quiet", "aria-label": t("decline.what", { image: `${first.user}/${first.name}` }), click: () => decline(first, done) }, t("decline")) : [edit(first, me, done), pin]));
   let image = first;
   pin.addEventListener("click", () => say(image, { pinned: !image.pinned }, me, done, t(image.pinned ? "unpinned" : "pinned", { image: image.name })));
   const update = (now) => {
@@ -209,9 +225,11 @@ function row({ versions: [first] }, me, done, others) {
   const heading = element("h2");
   const list = element("div");
   const block = element("article", { class: "card image" }, heading, list);
+  let now = [];
   const update = ({ versions }) => {
+    now = versions;
     fill(heading, named(first.name), " ", element("span", { class: "badges" }, badges(versions[0])));
-    follow(list, versions, (image) => image.digest, (image) => version(image, me, done, others));
+    follow(list, versions, (image) => image.digest, (image) => version(image, me, done, others, () => now));
   };
   return { element: block, update };
 }
@@ -224,7 +242,7 @@ const choice = (id, label, key, values) => {
 /** The view. */
 export function view(main, signal, me, heading) {
   const room = element("div");
-  const search = element("input", { type: "search", id: "find-image", autocomplete: "off" });
+  const search = element("input", { type: "search", id: "find-image", autocomplete: "off", placeholder: t("images.search.hint") });
   const sort = choice("sort", t("sort"), "sort", ["updated", "name", "size"]);
   const category = choice("category", t("category"), "category", ["", "cpu", "gpu"]);
   const all = element("input", { type: "checkbox", id: "everyone", checked: !me.user });

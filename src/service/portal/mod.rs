@@ -33,7 +33,7 @@ const SCRIPT: &str = "text/javascript; charset=utf-8";
 /// The page itself; [`File::page`] replaces `{build}` and `{preload}`.
 const PAGE: &str = include_str!("index.html");
 /// Name, content type and content of each file. Languages are loaded on demand, the others at once.
-const FILES: [(&str, &str, &str); 17] = [
+const FILES: [(&str, &str, &str); 18] = [
     ("style.css", CSS, include_str!("style.css")),
     ("app.js", SCRIPT, include_str!("app.js")),
     ("api.js", SCRIPT, include_str!("api.js")),
@@ -45,6 +45,7 @@ const FILES: [(&str, &str, &str); 17] = [
     ("row.js", SCRIPT, include_str!("row.js")),
     ("contents.js", SCRIPT, include_str!("contents.js")),
     ("mail.js", SCRIPT, include_str!("mail.js")),
+    ("packages.js", SCRIPT, include_str!("packages.js")),
     ("images.js", SCRIPT, include_str!("images.js")),
     ("history.js", SCRIPT, include_str!("history.js")),
     ("operations.js", SCRIPT, include_str!("operations.js")),

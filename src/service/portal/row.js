@@ -6,6 +6,7 @@ import { announce, ask, element, facts, fill, look, named, reference } from "./e
 import { bytes, duration, since, when } from "./format.js";
 import { sentence, t } from "./language.js";
 import { box } from "./mail.js";
+import { ofSession } from "./packages.js";
 import { failure, image as imageOf, latest, outcome, over, running, take, trouble, verdict, words } from "./saves.js";
 
 const NAME = /^[a-z0-9]+(?:[._-][a-z0-9]+|__[a-z0-9]+|-+[a-z0-9]+)*$/;
@@ -131,7 +132,7 @@ export function row(first, me, signal) {
   const progress = element("div");
   const last = element("div", { class: "last" });
   const meta = element("p", { class: "dim" });
-  panel.append(meta, told, form.element);
+  panel.append(meta, told, ofSession(first), form.element);
   const line = element("div", { class: "line" },
     element("div", { class: "what" }, element("h2", { id: `${id}-name` }, opener, element("span", { class: "badges" }, badges(first))), about),
     element("div", { class: "sides" }, size, state), element("div", { class: "press" }, again, button));

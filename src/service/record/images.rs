@@ -251,52 +251,51 @@ impl Record {
 
     /// Returns what users say about the images of `user`, or of all users.
     pub async fn notes(&self, user: Option<&str>) -> Result<BTreeMap<ImageKey, Note>, Error> {
+        self.notes_about(user.unwrap_or_default(), "", "").await
+    }
+
+    /// Returns what is said about one image.
+    pub async fn note(&self, key: &ImageKey) -> Result<Note, Error> {
+        let mut all = self.notes_about(&key.user, &key.name, &key.digest).await?;
+        Ok(all.remove(key).unwrap_or_default())
+    }
+
+    /// Returns what is said about the images with this user, name and digest; an empty text stands for all.
+    async fn notes_about(
+        &self,
+        user: &str,
+        name: &str,
+        digest: &str,
+    ) -> Result<BTreeMap<ImageKey, Note>, Error> {
+        let read = async |columns: &str| {
+            let text = format!(
+                "SELECT user_name, name, digest, {columns} WHERE ($1 = '' OR user_name = $1)
+                 AND ($2 = '' OR name = $2) AND ($3 = '' OR digest = $3) ORDER BY 4 LIMIT $4"
+            );
+            sqlx::query(&text)
+                .bind(user)
+                .bind(name)
+                .bind(digest)
+                .bind(MAX_NOTES)
+                .fetch_all(&self.pool)
+                .await
+        };
         let mut notes = BTreeMap::<ImageKey, Note>::new();
-        let rows = sqlx::query(
-            "SELECT user_name, name, digest, description, pinned FROM image_notes
-             WHERE ($1 = '' OR user_name = $1) LIMIT $2",
-        )
-        .bind(user.unwrap_or_default())
-        .bind(MAX_NOTES)
-        .fetch_all(&self.pool)
-        .await?;
-        for row in &rows {
+        for row in &read("description, pinned FROM image_notes").await? {
             let description: String = row.try_get("description")?;
             let note = notes.entry(key_of(row)?).or_default();
             note.description = Some(description).filter(|text| !text.is_empty());
             note.pinned = row.try_get::<i64, _>("pinned")? != 0;
         }
-        let rows = sqlx::query(
-            "SELECT user_name, name, digest, grantee FROM image_shares
-             WHERE ($1 = '' OR user_name = $1) ORDER BY grantee LIMIT $2",
-        )
-        .bind(user.unwrap_or_default())
-        .bind(MAX_NOTES)
-        .fetch_all(&self.pool)
-        .await?;
-        for row in &rows {
+        for row in &read("grantee FROM image_shares").await? {
             let note = notes.entry(key_of(row)?).or_default();
             note.shared.push(row.try_get("grantee")?);
         }
-        let rows = sqlx::query(
-            "SELECT user_name, name, digest, group_name FROM image_group_shares
-             WHERE ($1 = '' OR user_name = $1) ORDER BY group_name LIMIT $2",
-        )
-        .bind(user.unwrap_or_default())
-        .bind(MAX_NOTES)
-        .fetch_all(&self.pool)
-        .await?;
-        for row in &rows {
+        for row in &read("group_name FROM image_group_shares").await? {
             let note = notes.entry(key_of(row)?).or_default();
             note.groups.push(row.try_get("group_name")?);
         }
         Ok(notes)
-    }
-
-    /// Returns what is said about one image.
-    pub async fn note(&self, key: &ImageKey) -> Result<Note, Error> {
-        let mut all = self.notes(Some(&key.user)).await?;
-        Ok(all.remove(key).unwrap_or_default())
     }
 
     /// Returns whether an image is pinned.
@@ -382,7 +381,12 @@ impl Record {
 
     /// Forgets what is said about an image that is deleted.
     pub async fn drop_note(&self, key: &ImageKey) -> Result<(), Error> {
-        for table in ["image_notes", "image_shares", "image_group_shares"] {
+        for table in [
+            "image_notes",
+            "image_shares",
+            "image_group_shares",
+            "image_declined",
+        ] {
             let text =
                 format!("DELETE FROM {table} WHERE user_name = $1 AND name = $2 AND digest = $3");
             sqlx::query(&text)
@@ -392,6 +396,28 @@ impl Record {
                 .execute(&self.pool)
                 .await?;
         }
+        Ok(())
+    }
+
+    /// Ends the sharing of an image with `grantee`, who does not want it: the owner can share it with that user again; as
+    /// a member of a group, the user does not see it any more.
+    pub async fn decline(&self, key: &ImageKey, grantee: &str) -> Result<(), Error> {
+        let mut work = self.begin().await?;
+        for text in [
+            "DELETE FROM image_shares WHERE grantee = $1 AND user_name = $2 AND name = $3 AND digest = $4",
+            "INSERT INTO image_declined (grantee, user_name, name, digest)
+             SELECT DISTINCT $1, user_name, name, digest FROM image_group_shares
+             WHERE user_name = $2 AND name = $3 AND digest = $4 ON CONFLICT DO NOTHING",
+        ] {
+            sqlx::query(text)
+                .bind(grantee)
+                .bind(&key.user)
+                .bind(&key.name)
+                .bind(&key.digest)
+                .execute(&mut *work)
+                .await?;
+        }
+        work.commit().await?;
         Ok(())
     }
 
@@ -412,7 +438,10 @@ impl Record {
         for part in groups.chunks(BATCH) {
             let text = format!(
                 "SELECT {COLUMNS} FROM image_group_shares
-                 WHERE user_name <> $1 AND group_name IN ({}) {ORDER} {BATCH}",
+                 WHERE user_name <> $1 AND group_name IN ({}) AND NOT EXISTS (
+                     SELECT 1 FROM image_declined AS no WHERE no.grantee = $1 AND no.user_name = image_group_shares.user_name
+                     AND no.name = image_group_shares.name AND no.digest = image_group_shares.digest)
+                 {ORDER} {BATCH}",
                 places(2, part.len())
             );
             let query = sqlx::query(&text).bind(user);

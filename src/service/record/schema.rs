@@ -5,8 +5,8 @@ use sqlx::{AnyPool, Row as _};
 use super::Error;
 
 /// The statements that migrate the schema from one version to the next. Released entries must never be changed.
-const VERSIONS: [&[&str]; 9] = [
-    FIRST, SIGN_INS, IMAGES, NOTICES, SESSIONS, PROVIDER, PACKAGES, MAIL, CALLERS,
+const VERSIONS: [&[&str]; 10] = [
+    FIRST, SIGN_INS, IMAGES, NOTICES, SESSIONS, PROVIDER, PACKAGES, MAIL, CALLERS, DECLINED,
 ];
 
 const FIRST: &[&str] = &[
@@ -221,6 +221,17 @@ const CALLERS: &[&str] = &[
     // Who asked for a save, which may be another than its user. Empty for saves of earlier versions.
     "ALTER TABLE saves ADD COLUMN caller TEXT NOT NULL DEFAULT ''",
     "CREATE INDEX saves_by_caller ON saves (caller, id)",
+];
+
+const DECLINED: &[&str] = &[
+    // Images that are shared with a group, and that a member of it does not want to see.
+    "CREATE TABLE image_declined (
+        grantee TEXT NOT NULL,
+        user_name TEXT NOT NULL,
+        name TEXT NOT NULL,
+        digest TEXT NOT NULL,
+        PRIMARY KEY (grantee, user_name, name, digest)
+    )",
 ];
 
 /// Takes an advisory lock for the migration. The number is arbitrary.

@@ -33,6 +33,7 @@ use sha2::{Digest as _, Sha256};
 use crate::common::digest::Digest;
 use crate::common::reference;
 pub use crate::common::reference::Reference;
+use crate::common::waits::Waits;
 use crate::image::manifest::MAX_MANIFEST_BYTES;
 use crate::image::manifest::raw::{MANIFEST_TYPES, RawManifest, manifest_type};
 pub(crate) use api::Api;
@@ -157,6 +158,11 @@ impl Registries {
             access: Arc::new(access),
             hosts: Arc::default(),
         }
+    }
+
+    /// Returns what the save waits for: pauses before requests are sent again, and what others count there.
+    pub(crate) fn waits(&self) -> Arc<Waits> {
+        self.budget.waits()
     }
 
     /// Returns whether missing projects are to be created.

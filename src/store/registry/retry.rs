@@ -1,9 +1,10 @@
 //! Decides how often and after what pause a request is repeated, and bounds the total of all repetitions in a save.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::error::Error;
+use crate::common::waits::Waits;
 
 /// Maximum pause, unless the registry requests a longer one.
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
@@ -41,6 +42,7 @@ pub(super) struct RetryBudget {
     left: Mutex<(u32, Duration)>,
     started: Instant,
     total: Duration,
+    waits: Arc<Waits>,
 }
 
 impl RetryBudget {
@@ -50,6 +52,7 @@ impl RetryBudget {
             left: Mutex::new((retry.max_retries, retry.max_total_pause)),
             started: Instant::now(),
             total,
+            waits: Arc::default(),
         }
     }
 
@@ -63,7 +66,13 @@ impl RetryBudget {
             return false;
         };
         *left = (times, pauses);
+        self.waits.pause(pause);
         true
+    }
+
+    /// Returns where the pauses are shown to who reports what the save waits for.
+    pub(super) fn waits(&self) -> Arc<Waits> {
+        Arc::clone(&self.waits)
     }
 
     /// Returns the time left until the deadline.
@@ -125,6 +134,19 @@ mod tests {
             credentials: None,
             mid_upload: false,
         }))
+    }
+
+    #[test]
+    fn a_pause_is_shown_to_who_reports_waits() {
+        let budget = RetryBudget::new(Retry::default(), Duration::from_secs(3600));
+        assert_eq!(budget.waits().current(), None);
+        // One that is not made is not shown.
+        assert!(!budget.take(Duration::from_secs(7200)));
+        assert_eq!(budget.waits().current(), None);
+        assert!(budget.take(Duration::from_secs(600)));
+        let (reason, left) = budget.waits().current().unwrap();
+        assert_eq!(reason, crate::common::waits::WaitReason::Registry);
+        assert!(left > Some(Duration::from_secs(500)), "{left:?}");
     }
 
     #[test]

@@ -283,6 +283,12 @@ pub enum WaitingReason {
     Slot,
     /// The last attempt failed; the next one begins at `until`.
     Retry,
+    /// Programs are writing to files of the session that are to be saved.
+    Writers,
+    /// A registry did not answer as it should; the request is sent again at `until`.
+    Registry,
+    /// Another save of the session, by hand, is under way.
+    OtherSave,
     /// The node is not heard of.
     Node,
     /// The node takes no more saves, because its agent ends.

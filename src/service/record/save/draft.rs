@@ -1,43 +1,15 @@
 //! The state machine of a save: the only place that changes its state, in response to reports of agents, requests of
 //! users, and data loss in the queue. It does no I/O, so that every case can be tested.
 
+use super::action::OutboxAction;
 use super::policy::Policy;
-use super::{Failure, Save, SaveWarning};
+use super::{Failure, Held, Save, SaveWarning};
 use crate::service::job::{Code, Event, Outcome, Report, Saved, State, Update};
 
 /// Maximum number of warnings that are kept; a tree can contain any number of unusual files.
 const MAX_WARNINGS: usize = 100;
 /// Maximum length of an agent's message that is kept, in bytes.
 const MAX_MESSAGE: usize = 2000;
-
-/// A request to the queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum OutboxAction {
-    /// Offer the order.
-    Offer,
-    /// Withdraw the order.
-    Withdraw,
-    /// Tell the agent to hurry.
-    Hurry,
-}
-
-impl OutboxAction {
-    /// Returns the name used in the record.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Offer => "offer",
-            Self::Withdraw => "withdraw",
-            Self::Hurry => "hurry",
-        }
-    }
-
-    /// Returns the request with that name.
-    pub(crate) fn from_name(name: &str) -> Option<Self> {
-        [Self::Offer, Self::Withdraw, Self::Hurry]
-            .into_iter()
-            .find(|action| action.name() == name)
-    }
-}
 
 /// A transition for the audit log.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,6 +78,7 @@ impl Draft {
         }
         self.save.state = to;
         self.save.since_ms = Some(self.now_ms);
+        self.save.held = None;
         if to != State::Running {
             self.save.phase = None;
         }
@@ -336,6 +309,12 @@ impl Draft {
 
     fn apply_event(&mut self, event: &Event, newest: bool) {
         match event {
+            Event::Waiting { reason, seconds } if newest => {
+                self.save.held = reason.map(|reason| Held {
+                    reason,
+                    until_ms: seconds.and_then(|seconds| self.instant_in(seconds)),
+                });
+            }
             Event::Phase { phase } if newest => {
                 if self.save.phase != Some(*phase) {
                     self.save.since_ms = Some(self.now_ms);
@@ -346,6 +325,12 @@ impl Draft {
             Event::Paused { pause_ms } => self.save.pause_ms = Some(*pause_ms),
             _ => {}
         }
+    }
+
+    /// Returns the instant after so many seconds, if that is in the next day.
+    fn instant_in(&self, seconds: f64) -> Option<i64> {
+        let soon = (0.0..=86_400.0).contains(&seconds);
+        soon.then(|| self.now_ms.saturating_add((seconds * 1000.0) as i64))
     }
 
     fn add_warning(&mut self, code: &str, message: &str) {
@@ -478,7 +463,7 @@ fn truncated(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::service::job::{JobId, Kind, Phase};
+    use crate::service::job::{JobId, Kind, Phase, WaitReason};
 
     pub(crate) fn save() -> Save {
         Save {
@@ -577,6 +562,28 @@ mod tests {
             assert_eq!((at.state, at.fence), (state, 7));
         }
         assert_eq!((at.pause_ms, at.finished_ms), (Some(3.0), Some(100)));
+    }
+
+    #[test]
+    fn what_holds_a_save_is_known_until_it_is_over() {
+        let says = |reason, seconds| Update::Event {
+            event: Event::Waiting { reason, seconds },
+        };
+        let registry = Some(WaitReason::Registry);
+        let at = hear(save(), 1, 7, 1, Update::Started).into_save();
+        let at = hear(at, 1, 7, 2, says(registry, Some(8.0))).into_save();
+        let held = |until_ms| {
+            let reason = WaitReason::Registry;
+            Some(Held { reason, until_ms })
+        };
+        assert_eq!(at.held, held(Some(8_100)));
+        for (seconds, until_ms) in [(None, None), (Some(f64::NAN), None), (Some(1e300), None)] {
+            let at = hear(at.clone(), 1, 7, 3, says(registry, seconds)).into_save();
+            assert_eq!(at.held, held(until_ms), "{seconds:?}");
+        }
+        let over = hear(at.clone(), 1, 7, 3, says(None, None)).into_save();
+        assert_eq!(over.held, None);
+        assert_eq!(hear(at, 1, 7, 3, failed(true)).into_save().held, None);
     }
 
     #[test]

@@ -1,17 +1,19 @@
 //! The data of a save in the record. [`draft`] changes them.
 
+mod action;
 mod draft;
 mod policy;
 
 use serde::{Deserialize, Serialize};
 
+pub use action::OutboxAction;
+pub use draft::Draft;
 pub(super) use draft::Step;
-pub use draft::{Draft, OutboxAction};
 pub use policy::Policy;
 
 use super::receiver::Receiver;
 use crate::service::job::{
-    Category, Code, JobId, Kind, Phase, Replaces, SaveOptions, Saved, State,
+    Category, Code, JobId, Kind, Phase, Replaces, SaveOptions, Saved, State, WaitReason,
 };
 
 /// A save.
@@ -58,6 +60,9 @@ pub struct Save {
     /// When the current state or phase began: milliseconds since the epoch, UTC.
     #[serde(default)]
     pub since_ms: Option<i64>,
+    /// What it waits for while it runs, as its process says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held: Option<Held>,
     /// Number of the current order, starting at 1. Reports about an earlier one are late.
     pub attempt: u32,
     /// Number of failed attempts that may be repeated.
@@ -96,6 +101,16 @@ pub struct Save {
     pub started_ms: Option<i64>,
     /// When it ended.
     pub finished_ms: Option<i64>,
+}
+
+/// What a running save waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// The reason.
+    pub reason: WaitReason,
+    /// When it will be over, if that is known: milliseconds since the epoch, UTC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until_ms: Option<i64>,
 }
 
 /// Progress of a save.

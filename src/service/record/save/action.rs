@@ -1,0 +1,30 @@
+//! Requests to the queue.
+
+/// A request to the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum OutboxAction {
+    /// Offer the order.
+    Offer,
+    /// Withdraw the order.
+    Withdraw,
+    /// Tell the agent to hurry.
+    Hurry,
+}
+
+impl OutboxAction {
+    /// Returns the name used in the record.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Offer => "offer",
+            Self::Withdraw => "withdraw",
+            Self::Hurry => "hurry",
+        }
+    }
+
+    /// Returns the request with that name.
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
+        [Self::Offer, Self::Withdraw, Self::Hurry]
+            .into_iter()
+            .find(|action| action.name() == name)
+    }
+}
