@@ -1,4 +1,16 @@
-//! Requests to the queue.
+//! What follows from a change of a save: transitions for the audit log, and requests to the queue.
+
+use crate::service::job::State;
+
+/// A transition for the audit log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::service::record) struct Step {
+    pub(in crate::service::record) from: Option<State>,
+    pub(in crate::service::record) to: State,
+    pub(in crate::service::record) attempt: u32,
+    pub(in crate::service::record) fence: u64,
+    pub(in crate::service::record) detail: String,
+}
 
 /// A request to the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -1,7 +1,7 @@
 //! The state machine of a save: the only place that changes its state, in response to reports of agents, requests of
 //! users, and data loss in the queue. It does no I/O, so that every case can be tested.
 
-use super::action::OutboxAction;
+use super::action::{OutboxAction, Step};
 use super::policy::Policy;
 use super::{Failure, Held, Save, SaveWarning};
 use crate::service::job::{Code, Event, Outcome, Report, Saved, State, Update};
@@ -10,16 +10,6 @@ use crate::service::job::{Code, Event, Outcome, Report, Saved, State, Update};
 const MAX_WARNINGS: usize = 100;
 /// Maximum length of an agent's message that is kept, in bytes.
 const MAX_MESSAGE: usize = 2000;
-
-/// A transition for the audit log.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::service::record) struct Step {
-    pub(in crate::service::record) from: Option<State>,
-    pub(in crate::service::record) to: State,
-    pub(in crate::service::record) attempt: u32,
-    pub(in crate::service::record) fence: u64,
-    pub(in crate::service::record) detail: String,
-}
 
 /// A pending change of a save: the save after the change, the transitions that lead there, and the resulting requests
 /// to the queue.

@@ -7,8 +7,8 @@ mod policy;
 use serde::{Deserialize, Serialize};
 
 pub use action::OutboxAction;
+pub(super) use action::Step;
 pub use draft::Draft;
-pub(super) use draft::Step;
 pub use policy::Policy;
 
 use super::receiver::Receiver;
