@@ -530,6 +530,98 @@ fn the_records_of_another_user_are_not_believed() -> Outcome {
     Ok(())
 }
 
+/// A store of root's with a part that another user has written, or could replace, is not believed; what lies in a private
+/// directory of root's is, because runtimes give such directories to the IDs of a container.
+#[test]
+fn no_part_of_the_records_is_believed_that_another_user_can_write() -> Outcome {
+    if support::ignored(&[Need::Root]) {
+        return Ok(());
+    }
+    let (node, _) = docker_node()?;
+    fs::set_permissions(node.path(""), fs::Permissions::from_mode(0o755))?;
+    let mode = |path: &Path, mode| fs::set_permissions(path, fs::Permissions::from_mode(mode));
+    let owner = |path: &Path, id| std::os::unix::fs::chown(path, Some(id), Some(id));
+    let store = node.path(DOCKER);
+    let refused = |part: &str, why: &str| {
+        let message = find(&node.roots, "lab").unwrap_err().to_string();
+        assert!(message.contains(why), "{part}: {message}");
+        let listing = list(&node.roots);
+        assert_eq!(listing.containers.len(), 0, "{part}");
+        let problem = listing.problems.first().map(ToString::to_string);
+        assert!(problem.is_some_and(|problem| problem.contains(why)), "{part}");
+    };
+    let layer = format!("image/overlay2/layerdb/mounts/{DOCKER_ID}");
+    let container = format!("containers/{DOCKER_ID}");
+    for part in [
+        "containers".to_owned(),
+        container.clone(),
+        format!("{container}/config.v2.json"),
+        "image".to_owned(),
+        format!("{layer}/mount-id"),
+        "overlay2".to_owned(),
+    ] {
+        let path = store.join(&part);
+        let before = fs::metadata(&path)?.permissions();
+        owner(&path, 1001)?;
+        refused(&part, "belongs to user 1001");
+        owner(&path, 0)?;
+        mode(&path, 0o777)?;
+        refused(&part, "every user can write to it");
+        std::os::unix::fs::chown(&path, Some(0), Some(1001))?;
+        mode(&path, 0o775)?;
+        refused(&part, "group 1001 can write to it");
+        owner(&path, 0)?;
+        fs::set_permissions(&path, before)?;
+        assert_eq!(find(&node.roots, "lab")?.id, DOCKER_ID, "{part}");
+    }
+    // Every user may add files that do not exist yet.
+    mode(&store, 0o1777)?;
+    refused("sticky", "every user can write to it");
+    mode(&store, 0o755)?;
+    // The directories of a container, where nobody else gets to.
+    mode(&store.join("containers"), 0o700)?;
+    owner(&store.join(&container), 100_000)?;
+    assert_eq!(find(&node.roots, "lab")?.id, DOCKER_ID);
+    // A file may have been moved there.
+    owner(&store.join(&container).join("config.v2.json"), 1001)?;
+    refused("a private directory", "belongs to user 1001");
+    owner(&store.join(&container).join("config.v2.json"), 0)?;
+
+    let elsewhere = node.path("srv/overlay2");
+    fs::create_dir_all(node.path("srv"))?;
+    fs::rename(store.join("overlay2"), &elsewhere)?;
+    symlink("/srv/overlay2", store.join("overlay2"))?;
+    refused("a link to the layers of another store", "symbolic link");
+    Ok(())
+}
+
+/// A root may be named by symbolic links, unless another user can make them lead elsewhere.
+#[test]
+fn the_way_to_a_root_is_no_other_users() -> Outcome {
+    if support::ignored(&[Need::Root]) {
+        return Ok(());
+    }
+    let (mut node, _) = docker_node()?;
+    node.mkdir("tmp/attack")?;
+    fs::set_permissions(node.path("tmp"), fs::Permissions::from_mode(0o1777))?;
+    symlink("../../var/lib", node.path("tmp/attack/up"))?;
+    symlink("/tmp/attack/up/docker", node.path("tmp/store"))?;
+    node.roots.docker = vec!["/tmp/store".into()];
+    assert_eq!(find(&node.roots, "lab")?.id, DOCKER_ID);
+    let lchown = |path: &str, id| std::os::unix::fs::lchown(node.path(path), Some(id), Some(id));
+    for part in ["tmp/store", "tmp/attack", "tmp/attack/up", "var"] {
+        lchown(part, 1001)?;
+        let message = find(&node.roots, "lab").unwrap_err().to_string();
+        let expected = format!("/{part} is not believed: it belongs to user 1001");
+        assert!(message.contains(&expected), "{message}");
+        lchown(part, 0)?;
+    }
+    symlink("/tmp/circle", node.path("tmp/circle"))?;
+    node.roots.docker = vec!["/tmp/circle".into()];
+    assert!(find(&node.roots, "lab").is_err());
+    Ok(())
+}
+
 /// Neither a FIFO nor a directory in place of a list stops the others from being read.
 #[test]
 fn a_record_that_is_no_file_is_a_problem() -> Outcome {

@@ -49,7 +49,7 @@ pub fn read<T, E: From<Error>>(
         path: path.to_path_buf(),
         source,
     };
-    let file = File::open(path).map_err(io_error)?;
+    let file = super::records::open_file(path).map_err(io_error)?;
     let mut invalid = None;
     for attempt in 0..ATTEMPTS {
         if attempt > 0 {

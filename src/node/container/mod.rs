@@ -26,6 +26,7 @@ mod mount_tables;
 mod pattern;
 mod process;
 mod recorded;
+mod records;
 mod root_mount;
 mod roots;
 mod storage;

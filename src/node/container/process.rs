@@ -11,7 +11,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
 
 use super::IdMapping;
 use super::error::Error;
-use super::roots::{Roots, read_dir, read_file};
+use super::roots::{Roots, read_dir, read_kernel_file};
 use crate::node::overlay::identity::{Identity, ReadCapability};
 use crate::node::procfs::{
     self, MountInfo, Stat, effective_capabilities, field, parse_mountinfo, root_mount,
@@ -101,7 +101,7 @@ pub(super) fn start_of(roots: &Roots, pid: u32) -> Result<Option<u64>, Error> {
 
 fn stat_of(roots: &Roots, pid: u32) -> Result<Option<Stat>, Error> {
     let path = roots.proc(&format!("{pid}/stat"));
-    let stat = match read_file(&path, 64 << 10) {
+    let stat = match read_kernel_file(&path, 64 << 10) {
         Ok(stat) => stat,
         Err(e) if is_gone(&e) => return Ok(None),
         Err(e) => return Err(e),
@@ -143,7 +143,7 @@ pub(super) fn read_limited(
     let Some(Stat { parent, start, .. }) = stat_of(roots, pid)? else {
         return Ok(None);
     };
-    let read = |name: &str, cap| match read_file(&roots.proc(&format!("{pid}/{name}")), cap) {
+    let read = |name: &str, cap| match read_kernel_file(&roots.proc(&format!("{pid}/{name}")), cap) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(e) if is_gone(&e) => Ok(None),
         Err(e) => Err(e),
@@ -201,7 +201,7 @@ pub(super) fn read_limited(
 /// Reads the mount table of a process.
 pub(super) fn mounts(roots: &Roots, pid: u32) -> Result<Vec<MountInfo>, Error> {
     let path = roots.proc(&format!("{pid}/mountinfo"));
-    let bytes = read_file(&path, MOUNTINFO_CAP)?;
+    let bytes = read_kernel_file(&path, MOUNTINFO_CAP)?;
     parse_mountinfo(&bytes).map_err(|e| Error::damaged(path, e))
 }
 
@@ -220,7 +220,7 @@ fn unwritten_map(uid_map: &[u8], gid_map: &[u8]) -> Option<&'static str> {
 /// ones.
 pub(super) fn identity(roots: &Roots, process: &Process) -> Result<Identity, Error> {
     let path = roots.proc(&format!("{}/status", process.pid));
-    let status = read_file(&path, 64 << 10)?;
+    let status = read_kernel_file(&path, 64 << 10)?;
     let (mut identity, reads) = parse_status(&status)
         .ok_or_else(|| Error::damaged(&path, "expected Uid, Gid, Groups and CapEff"))?;
     if reads {
@@ -269,7 +269,7 @@ fn parse_status(status: &[u8]) -> Option<(Identity, bool)> {
 /// Converts a start time to milliseconds since the epoch, with `btime` of `proc_stat(5)`.
 #[cfg(feature = "service")]
 pub(super) fn started_ms(roots: &Roots, start: u64) -> Option<i64> {
-    let stat = read_file(&roots.proc("stat"), 16 << 20).ok()?;
+    let stat = read_kernel_file(&roots.proc("stat"), 16 << 20).ok()?;
     let booted = boot_time(&stat)?;
     let since_boot = start
         .checked_mul(1000)?
@@ -299,7 +299,7 @@ pub(super) fn mounts_of(roots: &Roots, pid: u32) -> Result<Option<Vec<MountInfo>
 
 /// Reads the cgroups of a process (`cgroups(7)`), or returns `None` if it does not exist.
 pub(super) fn cgroups_of(roots: &Roots, pid: u32) -> Result<Option<Vec<u8>>, Error> {
-    match read_file(&roots.proc(&format!("{pid}/cgroup")), 64 << 10) {
+    match read_kernel_file(&roots.proc(&format!("{pid}/cgroup")), 64 << 10) {
         Ok(cgroups) => Ok(Some(cgroups)),
         Err(error) if is_gone(&error) => Ok(None),
         Err(error) => Err(error),
@@ -345,7 +345,7 @@ pub(super) fn root_id(roots: &Roots, pid: u32) -> Result<Option<u64>, Error> {
 /// Returns whether overlays have an index by default: the module's parameter, or false if there is none.
 pub(super) fn index_default() -> bool {
     let parameter = PathBuf::from("/sys/module/overlay/parameters/index");
-    read_file(&parameter, 16).is_ok_and(|value| value.starts_with(b"Y"))
+    read_kernel_file(&parameter, 16).is_ok_and(|value| value.starts_with(b"Y"))
 }
 
 /// Returns whether the file does not exist, or the process ended after the file was opened (ESRCH), or it has given up its

@@ -1,14 +1,15 @@
 //! The directories with the runtimes' state, and the conversion of a path on the node to one for this program.
 
-use std::fs::{self, OpenOptions};
+use std::ffi::OsString;
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
 use super::error::{Error, Problem};
+use super::records;
 
 /// The two directories of a containerd.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,50 +80,42 @@ impl Default for Roots {
 }
 
 impl Roots {
-    /// Returns the roots without those whose records another user can write: root reads what the records name, so they
-    /// would give that user the files of any container. Each root that is left out is added to `problems`.
+    /// Returns the roots with their symbolic links resolved, and without those whose records another user can write
+    /// ([`records`]). Each root that is left out is added to `problems`.
     pub(super) fn believed(&self, problems: &mut Vec<Problem>) -> Self {
         let mut roots = self.clone();
-        // Within a user namespace, all that can be read belongs to its user.
-        if !is_initial_user_namespace() {
-            return roots;
-        }
-        let mut believes = |path: &Path| match self.foreign_writer(path) {
-            Some(reason) => {
+        let mut believes = |path: &mut PathBuf| match self.resolve_root(path) {
+            Ok(()) => true,
+            Err(error) if error.kind() == io::ErrorKind::Other => {
                 problems.push(Problem {
-                    path: path.to_owned(),
-                    reason,
+                    path: path.clone(),
+                    reason: error.to_string(),
                     permission: false,
                 });
                 false
             }
-            None => true,
+            // A directory that does not exist has no records, and other errors are reported when they are read.
+            Err(_) => true,
         };
         roots
             .containerd
-            .retain(|c| believes(&c.root) && believes(&c.state));
-        roots.docker.retain(|docker| believes(docker));
+            .retain_mut(|c| believes(&mut c.root) && believes(&mut c.state));
+        roots.docker.retain_mut(&mut believes);
         roots
             .storage
-            .retain(|s| believes(&s.root) && believes(&s.runroot));
+            .retain_mut(|s| believes(&mut s.root) && believes(&mut s.runroot));
         roots
     }
 
-    /// Returns who but root and this user can write to a directory, as the reason for not believing what is in it.
-    fn foreign_writer(&self, path: &Path) -> Option<String> {
-        // A directory that does not exist has no records, and other errors are reported when they are read.
-        let meta = fs::metadata(self.locate(path).ok()?).ok()?;
-        let own = rustix::process::geteuid().as_raw();
-        if meta.uid() != 0 && meta.uid() != own {
-            return Some(format!(
-                "it belongs to user {}, who can write anything into its records; run this as that user (podman unshare \
-                 upperdeck ...)",
-                meta.uid()
-            ));
-        }
-        let sticky = meta.mode() & 0o1000 != 0;
-        (meta.mode() & 0o002 != 0 && !sticky)
-            .then(|| "every user can write to it, so its records prove nothing".to_owned())
+    /// Makes the path of a root absolute and resolves its symbolic links.
+    fn resolve_root(&self, path: &mut PathBuf) -> io::Result<()> {
+        let node = self.host_root.as_deref().unwrap_or(Path::new("/"));
+        *path = match &self.host_root {
+            Some(_) => Path::new("/").join(&*path),
+            None => std::path::absolute(&*path)?,
+        };
+        *path = records::resolve_root(node, path)?;
+        Ok(())
     }
 
     /// Converts a path on the node to one that this program can open: below the host root, with symbolic links
@@ -145,22 +138,25 @@ impl Roots {
     }
 
     /// Locates a directory below another without following symbolic links, which are an error (`ELOOP`). `store` itself
-    /// is located as on the node.
+    /// is a directory of the records.
     pub(super) fn locate_below(&self, store: &Path, inside: &Path) -> io::Result<PathBuf> {
         let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::DIRECTORY;
-        let store = rustix::fs::open(self.locate(store)?, flags, Mode::empty())?;
+        let store = records::open_directory(&self.path(store))?;
         let resolve =
             ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let found = rustix::fs::openat2(&store, inside, flags, Mode::empty(), resolve)?;
         fs::read_link(format!("/proc/self/fd/{}", found.as_raw_fd()))
     }
 
-    /// Like [`Roots::locate`], but a missing path is joined to the host root, for the error message.
+    /// Converts a path of [`Roots::believed`] to one that this program can open. No symbolic link is resolved below the
+    /// root, where the records have none.
     pub(super) fn path(&self, path: &Path) -> PathBuf {
-        self.locate(path).unwrap_or_else(|_| match &self.host_root {
-            Some(host_root) => host_root.join(path.strip_prefix("/").unwrap_or(path)),
+        match &self.host_root {
+            Some(host_root) => fs::canonicalize(host_root)
+                .unwrap_or_else(|_| host_root.clone())
+                .join(path.strip_prefix("/").unwrap_or(path)),
             None => path.to_path_buf(),
-        })
+        }
     }
 
     /// Returns a path in the node's procfs.
@@ -180,21 +176,19 @@ pub fn is_initial_user_namespace() -> bool {
     fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| identity(&map))
 }
 
-/// Reads a regular file of at most `cap` bytes.
+/// Reads a regular file of the records of at most `cap` bytes.
 pub(super) fn read_file(path: &Path, cap: u64) -> Result<Vec<u8>, Error> {
+    read(path, records::open_file(path), cap)
+}
+
+/// Reads a file of at most `cap` bytes from the kernel (procfs, sysfs).
+pub(super) fn read_kernel_file(path: &Path, cap: u64) -> Result<Vec<u8>, Error> {
+    read(path, File::open(path), cap)
+}
+
+fn read(path: &Path, file: io::Result<File>, cap: u64) -> Result<Vec<u8>, Error> {
     let mut bytes = Vec::new();
-    // Without waiting for a writer if it is a FIFO.
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(OFlags::NONBLOCK.bits() as i32)
-        .open(path)
-        .map_err(|e| Error::io(path, e))?;
-    let meta = file.metadata().map_err(|e| Error::io(path, e))?;
-    if !meta.is_file() {
-        return Err(Error::damaged(path, "expected a regular file"));
-    }
-    file.take(cap + 1)
-        .read_to_end(&mut bytes)
+    file.and_then(|file| file.take(cap + 1).read_to_end(&mut bytes))
         .map_err(|e| Error::io(path, e))?;
     if bytes.len() as u64 > cap {
         return Err(Error::damaged(path, format!("longer than {cap} bytes")));
@@ -207,19 +201,16 @@ pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path, cap: u64) -
     serde_json::from_slice(&read_file(path, cap)?).map_err(|e| Error::damaged(path, e))
 }
 
-/// Returns the names in a directory, sorted; an empty list if it does not exist.
-pub(super) fn read_dir(path: &Path) -> Result<Vec<std::ffi::OsString>, Error> {
-    let entries = match fs::read_dir(path) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(e) => return Err(Error::io(path, e)),
-    };
-    let mut names = Vec::new();
-    for entry in entries {
-        names.push(entry.map_err(|e| Error::io(path, e))?.file_name());
+/// Returns the names in a directory of the records, sorted; an empty list if it does not exist.
+pub(super) fn read_dir(path: &Path) -> Result<Vec<OsString>, Error> {
+    match records::names(path) {
+        Ok(mut names) => {
+            names.sort();
+            Ok(names)
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(e) => Err(Error::io(path, e)),
     }
-    names.sort();
-    Ok(names)
 }
 
 /// Reads a file that contains only a PID.

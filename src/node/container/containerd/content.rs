@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::common::digest::Digest;
 use crate::node::container::error::Error;
 use crate::node::container::image::{BLOB_CAP, Config, Document, Manifest};
+use crate::node::container::records::open_file;
 use crate::node::container::roots::{read_dir, read_file};
 
 pub(super) const BLOBS: &str = "io.containerd.content.v1.content/blobs/sha256";
@@ -113,6 +114,6 @@ impl Content {
 fn starts_with_brace(path: &Path) -> bool {
     use std::os::unix::fs::FileExt;
     let mut first = [0];
-    fs::File::open(path).is_ok_and(|file| file.read_exact_at(&mut first, 0).is_ok())
+    open_file(path).is_ok_and(|file| file.read_exact_at(&mut first, 0).is_ok())
         && first == *b"{"
 }

@@ -30,9 +30,11 @@ pub(in crate::node::container) fn prove(
     let namespace = container.namespace.as_deref().unwrap_or("moby");
     let mut compared = Vec::new();
     for containerd in &roots.containerd {
-        let Ok(meta) = roots.locate(&containerd.root.join(METADATA)) else {
+        let meta = containerd.root.join(METADATA);
+        if roots.locate(&meta).is_err() {
             continue;
-        };
+        }
+        let meta = roots.path(&meta);
         let found = bolt::read(&meta, |db| {
             let Some(record) = record(db, &meta, namespace, &container.id)? else {
                 return Ok(None);

@@ -81,9 +81,10 @@ pub(in crate::node::container) fn chains_of<'r>(
     for (snapshotter, keys) in keys {
         let path = snapshots_of(containerd, snapshotter).with_file_name("metadata.db");
         // Proxy snapshotters keep their database elsewhere.
-        let Ok(path) = roots.locate(&path) else {
+        if roots.locate(&path).is_err() {
             continue;
-        };
+        }
+        let path = roots.path(&path);
         let found = bolt::read(&path, |db| {
             keys.iter()
                 .map(|key| chain(db, &path, key))
