@@ -548,7 +548,10 @@ fn no_part_of_the_records_is_believed_that_another_user_can_write() -> Outcome {
         let listing = list(&node.roots);
         assert_eq!(listing.containers.len(), 0, "{part}");
         let problem = listing.problems.first().map(ToString::to_string);
-        assert!(problem.is_some_and(|problem| problem.contains(why)), "{part}");
+        assert!(
+            problem.is_some_and(|problem| problem.contains(why)),
+            "{part}"
+        );
     };
     let layer = format!("image/overlay2/layerdb/mounts/{DOCKER_ID}");
     let container = format!("containers/{DOCKER_ID}");

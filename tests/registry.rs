@@ -941,6 +941,52 @@ async fn manifests_are_refused_in_words() {
     );
 }
 
+/// A proxy loses the answer to the tag, or replaces it by its own, after the registry has stored the image.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tag_that_is_written_counts_whatever_was_answered() {
+    let dropped = || Answer {
+        drop_answer_at: Some(0),
+        ..answer(200)
+    };
+    let answers: [fn() -> Answer; 4] = [
+        || answer(500),
+        || answer(403).denied("DENIED", "x"),
+        || answer(503),
+        || Answer {
+            wait: Duration::from_secs(20),
+            ..answer(201)
+        },
+    ];
+    let silent = Access {
+        stall_timeout: Duration::from_millis(300),
+        ..quick()
+    };
+    for (case, said) in answers
+        .into_iter()
+        .chain([dropped as fn() -> Answer])
+        .enumerate()
+    {
+        for (stored, saved) in [("{}", true), (r#"{"other":1}"#, false)] {
+            let fake = Fake::start(move |seen, _| match seen.method.as_str() {
+                "PUT" => said(),
+                "GET" if seen.target.ends_with("/manifests/v1") => {
+                    answer(200).with("Content-Type", MANIFEST_TYPE).body(stored)
+                }
+                _ => lenient(seen),
+            })
+            .await;
+            let put = fake
+                .repository(silent.clone(), "a/b")
+                .put_manifest("{}".into(), MANIFEST_TYPE, "v1")
+                .await;
+            assert_eq!(put.is_ok(), saved, "{case}: {put:?}");
+            if let Ok(digest) = put {
+                assert_eq!(digest, Digest::of("{}"));
+            }
+        }
+    }
+}
+
 /// Empty pages, and names that are none, each with a next page: neither time nor memory is without end.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_list_that_does_not_end_is_an_error() {

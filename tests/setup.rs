@@ -203,6 +203,11 @@ fn a_nodes_key_is_made_where_the_master_key_is_and_asked_for_elsewhere() -> Outc
     );
     assert_eq!(fs::read(&key)?, made.stdout);
 
+    // The agent would not start with the key of another node, so it is not passed over.
+    let said = machine.refused(&["agent", "--node=n2"])?;
+    assert!(said.contains("node-key") && said.contains("n1"), "{said}");
+    assert_eq!(fs::read(&key)?, made.stdout);
+
     // With a manager on the same machine, each keeps its own, and both read the robot.
     private(&machine.at("etc/upperdeck/robot"), "robot:password")?;
     machine.setup(&["manager"])?;
@@ -210,7 +215,7 @@ fn a_nodes_key_is_made_where_the_master_key_is_and_asked_for_elsewhere() -> Outc
         machine.at("etc/upperdeck/robot"),
         Permissions::from_mode(0o644),
     )?;
-    machine.setup(&["agent"])?;
+    machine.setup(&["agent", "--node=n1"])?;
     let (uid, gid) = machine.manager()?;
     assert_eq!(rights(&machine.at("etc/upperdeck/robot"))?, (0o640, 0, gid));
     assert_eq!(rights(&machine.at("var/lib/upperdeck"))?, (0o700, 0, 0));
@@ -218,6 +223,60 @@ fn a_nodes_key_is_made_where_the_master_key_is_and_asked_for_elsewhere() -> Outc
         rights(&machine.at("var/lib/upperdeck-manager"))?,
         (0o700, uid, gid)
     );
+    Ok(())
+}
+
+#[test]
+fn a_master_key_that_others_can_read_or_that_is_a_fifo_is_refused() -> Outcome {
+    if ignored(&NEEDS) {
+        return Ok(());
+    }
+    let machine = Machine::new()?;
+    let master = machine.at("master");
+    let path = master.to_str().ok_or("path")?;
+    let with_key = ["agent", "--node=n1", "--master-key", path];
+    private(&master, "a key of the tests, long enough\n")?;
+    fs::set_permissions(&master, Permissions::from_mode(0o644))?;
+    let said = machine.refused(&with_key)?;
+    assert!(said.contains("chmod 600"), "{said}");
+    fs::remove_file(&master)?;
+    for fifo in [&master, &machine.at("etc/upperdeck/master-key")] {
+        let (kind, mode) = (
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::from_raw_mode(0o600),
+        );
+        rustix::fs::mknodat(rustix::fs::CWD, fifo, kind, mode, 0)?;
+    }
+    for words in [&with_key[..], &["manager"]] {
+        let said = machine.refused(words)?;
+        assert!(said.contains("not a regular file"), "{said}");
+    }
+    assert!(!machine.at("etc/upperdeck/node-key").exists());
+    Ok(())
+}
+
+/// Directories above upperdeck's own are the machine's.
+#[test]
+fn missing_parents_are_for_all_users_and_a_root_may_be_relative() -> Outcome {
+    if ignored(&NEEDS) {
+        return Ok(());
+    }
+    let machine = Machine::new()?;
+    let above = machine.0.path().parent().ok_or("parent")?;
+    let name = machine.0.path().file_name().ok_or("name")?;
+    let output = Command::new(support::program())
+        .args(["setup", "manager", "--root"])
+        .arg(name)
+        .current_dir(above)
+        .output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    machine.manager()?;
+    for dir in ["var", "var/lib"] {
+        assert_eq!(rights(&machine.at(dir))?, (0o755, 0, 0), "{dir}");
+    }
+    let rights = rights(&machine.at("var/lib/upperdeck-manager"))?;
+    assert_eq!(rights.0, 0o700);
     Ok(())
 }
 

@@ -1,5 +1,5 @@
 //! Code that every other module may use: digests, escaping of untrusted text, messages, names of images, cancellation,
-//! kinds of failures, files with private modes, and what a save waits for.
+//! kinds of failures, files with private modes, the opening of regular files, and what a save waits for.
 
 pub mod cancel;
 pub mod digest;
@@ -8,4 +8,5 @@ pub mod failure;
 pub mod message;
 pub(crate) mod private_files;
 pub mod reference;
+pub(crate) mod regular_file;
 pub mod waits;

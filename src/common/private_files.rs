@@ -14,6 +14,8 @@ use std::str::FromStr;
 
 use rustix::fs::OFlags;
 
+use super::regular_file;
+
 /// Permission bits of group and others.
 const GROUP_AND_OTHERS: u32 = 0o077;
 
@@ -90,12 +92,9 @@ fn open_dir(dir: &Path, more: OFlags) -> io::Result<File> {
 /// it. The lock is released with the descriptor. Whoever holds it may remove the file.
 pub(crate) fn try_lock(path: &Path) -> io::Result<Option<File>> {
     loop {
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)?;
+        let mut options = OpenOptions::new();
+        let options = options.write(true).create(true).truncate(false).mode(0o600);
+        let file = regular_file::open_with(path, options, OFlags::NOFOLLOW)?;
         let how = rustix::fs::FlockOperation::NonBlockingLockExclusive;
         match rustix::io::retry_on_intr(|| rustix::fs::flock(&file, how)) {
             Ok(()) => {}
@@ -134,24 +133,32 @@ pub(crate) fn prepare_dir(dir: &Path, ours: impl Fn(&str) -> bool) -> io::Result
     let own = rustix::process::geteuid().as_raw();
     // Refused regardless of the mode: the owner could read what is stored there, and could add files that are trusted
     // later.
-    if there.uid() != own {
+    let (owned, open_to_others) = (there.uid() == own, there.mode() & GROUP_AND_OTHERS != 0);
+    if owned && !open_to_others {
+        return Ok(());
+    }
+    let mut only_ours = true;
+    for entry in fs::read_dir(dir)? {
+        only_ours = only_ours && entry?.file_name().to_str().is_some_and(&ours);
+    }
+    if !owned {
+        // Other programs may need what is there: /tmp does not become usable by giving it away.
+        let advice = if only_ours {
+            format!("'chown {own} {shown}', or name")
+        } else {
+            "name".to_owned()
+        };
         return denied(format!(
-            "it belongs to user {}, and this runs as user {own}: 'chown {own} {shown}', or name another directory",
+            "it belongs to user {}, and this runs as user {own}: {advice} a directory for upperdeck alone",
             there.uid()
         ));
     }
-    if there.mode() & GROUP_AND_OTHERS == 0 {
-        return Ok(());
-    }
-    for entry in fs::read_dir(dir)? {
-        let name = entry?.file_name();
-        if !name.to_str().is_some_and(&ours) {
-            return denied(format!(
-                "others may look into it (mode {:04o}), and it has in it what upperdeck did not make: 'chmod 700 {shown}', \
-                 or name another directory",
-                there.mode() & 0o7777
-            ));
-        }
+    if !only_ours {
+        return denied(format!(
+            "others may look into it (mode {:04o}), and it has in it what upperdeck did not make: name a directory for \
+             upperdeck alone, e.g. a new one in {shown}",
+            there.mode() & 0o7777
+        ));
     }
     tracing::warn!(dir = %dir.display(), mode = format!("{:04o}", there.mode() & 0o7777), "others could look into a directory of upperdeck's; from now on it has mode 0700");
     open.set_permissions(Permissions::from_mode(there.mode() & 0o7700))
@@ -251,7 +258,7 @@ mod tests {
         fs::set_permissions(&loose, Permissions::from_mode(0o755))?;
         let refused = prepare_dir(&loose, |name| name.starts_with("our"));
         let told = refused.err().map(|error| error.to_string());
-        assert!(told.is_some_and(|told| told.contains("chmod 700")));
+        assert!(told.is_some_and(|told| !told.contains("chmod") && told.contains("a new one in")));
         assert_eq!(mode(&loose), 0o755, "left as it is");
         Ok(())
     }
@@ -273,6 +280,16 @@ mod tests {
                 told.is_some_and(|told| told.contains("chown 0 ")),
                 "{mode:o}"
             );
+            // Of a directory with other files, that would be bad advice.
+            let told = prepare_dir(dir.path(), |_| false).err();
+            assert!(told.is_none(), "its own, and private: {told:?}");
+            fs::write(theirs.join("another's"), "")?;
+            let told = prepare_dir(&theirs, |_| false).err().map(|e| e.to_string());
+            assert!(
+                told.is_some_and(|told| !told.contains("chown") && told.contains("1234")),
+                "{mode:o}"
+            );
+            fs::remove_file(theirs.join("another's"))?;
         }
         Ok(())
     }

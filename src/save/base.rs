@@ -13,6 +13,7 @@ use oci_spec::image::Descriptor;
 use super::tally::Tally;
 use super::{Context, Error};
 use crate::common::digest::{DiffId, Digest};
+use crate::common::regular_file;
 use crate::image::manifest;
 use crate::layer::scan::{self, Exclusions, Rules, Scan};
 use crate::layer::{self, Compression, Plan};
@@ -347,7 +348,7 @@ type Open<'a> = Box<dyn Fn() -> Opened + Send + Sync + 'a>;
 fn local_copies<'a>(blob: &'a Blob<'_>, layout: Option<&'a Reader>) -> Vec<(String, Open<'a>)> {
     let mut copies: Vec<(String, Open<'a>)> = Vec::new();
     if let Some(path) = &blob.layer.local_blob {
-        let open = move || match std::fs::File::open(path) {
+        let open = move || match regular_file::open(path) {
             Ok(file) => Ok(Box::new(file) as Box<dyn Read + Send>),
             Err(error) => Err(error.to_string()),
         };

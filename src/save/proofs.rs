@@ -14,6 +14,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::state_store::prepare_dir;
 use crate::common::digest::Digest;
+use crate::common::regular_file;
 use crate::image::verify::tree::Tree;
 
 /// The first bytes that are hashed. Changed together with the rules of the comparison.
@@ -52,11 +53,8 @@ impl Proofs {
         // A directory to which others have access proves nothing.
         prepare_dir(&self.dir).ok()?;
         let path = self.path(manifest, mounted);
-        let known = fs::symlink_metadata(&path).ok()?;
-        if !known.is_file() || known.len() > MAX_TEXT {
-            return None;
-        }
-        fs::read_to_string(&path)
+        let text = regular_file::read_open(regular_file::open_own(&path).ok()?, MAX_TEXT);
+        String::from_utf8(text.ok()?)
             .ok()
             .filter(|text| !text.is_empty())
     }

@@ -13,10 +13,11 @@ use std::io::{self, BufReader, BufWriter, Read as _, Seek as _, SeekFrom, Write}
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use crate::common::digest::{DiffId, Digest, HashingWriter};
-use crate::common::private_files;
+use crate::common::{private_files, regular_file};
 use crate::layer::scan::{Scan, Stored};
 
 const MAGIC: &[u8; 8] = b"updeckst";
@@ -185,7 +186,7 @@ impl Store {
             path: path.display().to_string(),
             why,
         };
-        let file = match File::open(&path) {
+        let file = match regular_file::open_own(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(Unusable::Absent),
             opened => opened.map_err(|error| damaged(error.to_string()))?,
         };
@@ -290,7 +291,8 @@ pub(crate) fn size_of(dir: &Path) -> (usize, u64) {
 /// Removes a lock file that is not held. A process that takes the lock at this moment notices that the file is gone and
 /// creates another.
 fn remove_unless_held(path: &Path) {
-    let Ok(file) = OpenOptions::new().write(true).open(path) else {
+    let mut options = OpenOptions::new();
+    let Ok(file) = regular_file::open_with(path, options.write(true), OFlags::NOFOLLOW) else {
         return;
     };
     let how = rustix::fs::FlockOperation::NonBlockingLockExclusive;
@@ -301,8 +303,9 @@ fn remove_unless_held(path: &Path) {
 
 /// Returns whether the upper directory that a file describes no longer exists.
 fn is_orphan(path: &Path) -> bool {
-    let description =
-        || -> Result<Description, LoadError> { Ok(read_description(&mut File::open(path)?)?.0) };
+    let description = || -> Result<Description, LoadError> {
+        Ok(read_description(&mut regular_file::open_own(path)?)?.0)
+    };
     // An unreadable file is left for the next save to replace.
     description().is_ok_and(|description| match fs::metadata(&description.upper) {
         Ok(meta) => (meta.dev(), meta.ino()) != description.upper_inode,
@@ -462,5 +465,31 @@ mod tests {
         // The state that a killed process leaves.
         store.prune(0);
         assert_eq!(there(), 0, "it stays when nothing is kept any more");
+    }
+
+    #[test]
+    fn a_fifo_or_a_link_in_place_of_a_file_is_not_used_and_does_not_block() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        for suffix in [SUFFIX, LOCK] {
+            let (kind, mode) = (
+                rustix::fs::FileType::Fifo,
+                rustix::fs::Mode::from_raw_mode(0o600),
+            );
+            rustix::fs::mknodat(rustix::fs::CWD, store.path("a", suffix), kind, mode, 0).unwrap();
+            std::os::unix::fs::symlink("/dev/zero", store.path("b", suffix)).unwrap();
+        }
+        for container in ["a", "b"] {
+            assert!(store.try_lock(container).is_err());
+            assert!(matches!(
+                store.load(container),
+                Err(Unusable::Damaged { .. })
+            ));
+        }
+        store.prune(0);
+        assert!(
+            store.path("a", SUFFIX).exists(),
+            "what is not understood stays"
+        );
     }
 }

@@ -15,8 +15,7 @@ mod staged;
 mod sweep;
 mod writer;
 
-use std::fs::File;
-use std::io::{self, Read as _};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -25,6 +24,7 @@ use oci_client::annotations::ORG_OPENCONTAINERS_IMAGE_REF_NAME as REF_NAME;
 use serde_json::{Map, Value, json};
 
 use crate::common::digest::Digest;
+use crate::common::regular_file;
 use crate::image::manifest::INDEX;
 
 pub use archive::{Archive, ArchiveBlob};
@@ -219,18 +219,12 @@ fn read_document(path: &Path) -> Result<Option<Vec<u8>>, Error> {
 }
 
 fn read_document_once(path: &Path) -> Result<Option<Vec<u8>>, Error> {
-    let file = match File::open(path) {
+    let file = match regular_file::open(path) {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(io_error(path, "open")(e)),
     };
-    let mut bytes = Vec::new();
-    file.take(MAX_DOCUMENT + 1)
-        .read_to_end(&mut bytes)
-        .map_err(io_error(path, "read"))?;
-    if bytes.len() as u64 > MAX_DOCUMENT {
-        return Err(io_error(path, "read")(io::ErrorKind::FileTooLarge.into()));
-    }
+    let bytes = regular_file::read_open(file, MAX_DOCUMENT).map_err(io_error(path, "read"))?;
     Ok(Some(bytes))
 }
 

@@ -81,6 +81,12 @@ fn what_a_killed_save_wrote_goes_with_the_next_command() {
     wait_for(&mut child, "WRITTEN");
     child.kill().unwrap();
     child.wait().unwrap();
+    assert_eq!(prune(&new, DAY).unwrap().deleted.len(), 2);
+    assert!(!new.exists());
+    let mut child = victim("saver", &new);
+    wait_for(&mut child, "WRITTEN");
+    child.kill().unwrap();
+    child.wait().unwrap();
     recover(&new).unwrap();
     assert!(!new.exists());
 }

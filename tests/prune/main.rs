@@ -4,6 +4,7 @@
 
 mod deletion;
 mod foreign;
+mod hostile;
 mod killed;
 mod pruning;
 mod shared;

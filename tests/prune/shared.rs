@@ -92,6 +92,12 @@ fn blobs_with_other_modes_or_sizes_are_not_shared() {
         assert_ne!(inode(&two, content), inode(&one, content));
         assert_eq!(fs::read(blob(&two, content)).unwrap(), content);
     }
+    // A neighbour's blob that is damaged, with its size as it was, damages no other image.
+    fs::write(blob(&two, b"short"), "SHORT").unwrap();
+    fs::remove_file(blob(&one, b"short")).unwrap();
+    let four = dir.path().join("four");
+    save(&directory(&four), &[b"short"], "v1").unwrap();
+    assert_eq!(fs::read(blob(&four, b"short")).unwrap(), b"short");
     // Layouts without a common directory have nothing in common.
     let three = Directory::new(dir.path().join("three"));
     assert_eq!(three.has_blob(&Digest::of("open"), None).unwrap(), None);

@@ -143,7 +143,8 @@ pub(super) fn read_limited(
     let Some(Stat { parent, start, .. }) = stat_of(roots, pid)? else {
         return Ok(None);
     };
-    let read = |name: &str, cap| match read_kernel_file(&roots.proc(&format!("{pid}/{name}")), cap) {
+    let read = |name: &str, cap| match read_kernel_file(&roots.proc(&format!("{pid}/{name}")), cap)
+    {
         Ok(bytes) => Ok(Some(bytes)),
         Err(e) if is_gone(&e) => Ok(None),
         Err(e) => Err(e),

@@ -7,10 +7,12 @@ use std::io;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use super::Error;
 use super::cgroup::{Group, State, Version};
+use crate::common::regular_file;
 
 /// Maximum size of a mark, in bytes. A larger file was not written by this program.
 const MAX_MARK: u64 = 64 << 10;
@@ -53,13 +55,9 @@ pub(super) fn write(path: &Path, group: &Group) -> Result<(), Error> {
         boot: boot(),
     };
     let json = serde_json::to_vec(&mark).map_err(|error| io(error.into()))?;
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(path)
-        .map_err(io)?;
+    let mut options = fs::OpenOptions::new();
+    let options = options.write(true).create(true).truncate(true).mode(0o600);
+    let mut file = regular_file::open_with(path, options, OFlags::NOFOLLOW).map_err(io)?;
     // A few bytes in one write. It need not survive a power failure, because a freeze does not outlive the boot.
     io::Write::write_all(&mut file, &json).map_err(io)
 }
@@ -78,17 +76,11 @@ pub(super) fn remove(path: &Path) {
 /// container runs as far as the writer of the mark is concerned; this is read back from the kernel.
 pub fn thaw_leftover(path: &Path) -> Result<ThawOutcome, Error> {
     let io = |error| Error::io(path.to_owned(), error);
-    let text = match fs::metadata(path) {
+    let text = match regular_file::read(path, MAX_MARK) {
+        // None was written, or the watchdog has removed it after its thaw.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(ThawOutcome::Nothing),
-        Err(error) => return Err(io(error)),
-        Ok(there) if there.len() > MAX_MARK => Vec::new(),
-        Ok(_) => match fs::read(path) {
-            // Removed by the watchdog after its thaw.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Ok(ThawOutcome::Nothing);
-            }
-            text => text.map_err(io)?,
-        },
+        Err(error) if error.kind() == io::ErrorKind::FileTooLarge => Vec::new(),
+        text => text.map_err(io)?,
     };
     // A truncated mark was never followed by a freeze.
     let Ok(mark) = serde_json::from_slice::<Mark>(&text) else {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::common::regular_file;
 use crate::image::packages::Packages;
 use crate::service::job::Saved;
 
@@ -88,11 +89,7 @@ pub(super) fn read_packages(path: &Path) -> Option<Packages> {
 
 /// Reads a file that is not larger than a metadata file can be.
 fn bounded(path: &Path) -> Option<Vec<u8>> {
-    let size = std::fs::metadata(path).ok()?.len();
-    if size > MAX_METADATA {
-        return None;
-    }
-    std::fs::read(path).ok()
+    regular_file::read(path, MAX_METADATA).ok()
 }
 
 /// Reads the metadata file. If that is not possible, falls back to the child's final event, without sizes.

@@ -111,6 +111,9 @@ pub(super) fn for_users(code: Code, message: String) -> String {
         Code::CredentialsRefused | Code::RobotRefused => {
             "the registry does not accept the service's account; the node's log has the details"
         }
+        Code::Internal if message.contains("://") => {
+            "the registry failed at this; the node's log has the details"
+        }
         _ if message.contains("://") => {
             "the registry does not let the service do this; the node's log has the details"
         }
@@ -191,6 +194,9 @@ mod tests {
                 "{message}"
             );
         }
+        // An error of the registry is not a refusal.
+        let failed = for_users(Code::Internal, text.to_owned());
+        assert!(failed.contains("the registry failed"), "{failed}");
         assert_eq!(for_users(Code::Policy, "too large".to_owned()), "too large");
     }
 }

@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::fs::OFlags;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::Error;
-use crate::common::private_files;
+use crate::common::{private_files, regular_file};
 use crate::service::job::{JobId, Order, Outcome};
 use crate::service::queue::Claim;
 
@@ -98,12 +99,9 @@ impl Spool {
         for dir in [&running, &outcomes] {
             private_files::prepare_dir(dir, |_| true).map_err(failed)?;
         }
-        let lock = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(dir.join("lock"))
+        let mut options = OpenOptions::new();
+        let options = options.write(true).create(true).truncate(false).mode(0o600);
+        let lock = regular_file::open_with(&dir.join("lock"), options, OFlags::NOFOLLOW)
             .map_err(failed)?;
         match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self {
@@ -235,10 +233,8 @@ fn names(dir: &Path) -> Vec<String> {
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
-    if fs::metadata(path).ok()?.len() > MAX_FILE_SIZE {
-        return None;
-    }
-    serde_json::from_slice(&fs::read(path).ok()?).ok()
+    let file = regular_file::open_own(path).ok()?;
+    serde_json::from_slice(&regular_file::read_open(file, MAX_FILE_SIZE).ok()?).ok()
 }
 
 /// Writes to a temporary file in the same directory, syncs it and renames it, so that a file is always complete.

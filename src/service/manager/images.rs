@@ -171,9 +171,18 @@ impl ImageStore {
                 text: self.template.to_string(),
                 reason: error.to_string(),
             })?;
-        let mut found = Vec::new();
+        let (mut found, mut failed) = (Vec::new(), None);
         for (dir, user, name) in layouts {
-            let entries = all_images(&LayoutImages::new(Directory::new(&dir)), "").await?;
+            let read = all_images(&LayoutImages::new(Directory::new(&dir)), "").await;
+            let entries = match read {
+                Ok(entries) => entries,
+                // One damaged layout does not hide the images of the others.
+                Err(error) => {
+                    tracing::warn!(layout = %dir.display(), %error, "the images of a layout cannot be listed");
+                    failed.get_or_insert(error);
+                    continue;
+                }
+            };
             let repository = format!("oci:{}", dir.display());
             found.extend(entries.into_iter().map(|entry| ListedImage {
                 user: user.clone(),
@@ -183,7 +192,10 @@ impl ImageStore {
                 entry,
             }));
         }
-        Ok(found)
+        match failed {
+            Some(error) if found.is_empty() => Err(error),
+            _ => Ok(found),
+        }
     }
 
     async fn list_registry(&self, user: Option<&str>) -> Result<Vec<ListedImage>, images::Error> {

@@ -270,13 +270,9 @@ impl Record {
 /// Creates the file with access for its owner only, because it contains messages and names of users.
 fn make_private(path: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::OpenOptionsExt as _;
-    std::fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
-        .map(drop)
+    let mut options = std::fs::OpenOptions::new();
+    let options = options.write(true).create(true).truncate(false).mode(0o600);
+    crate::common::regular_file::open_with(path, options, rustix::fs::OFlags::empty()).map(drop)
 }
 
 /// Parses the JSON of a row. Fails with the ID of the save that the row belongs to.

@@ -11,6 +11,7 @@ use zeroize::Zeroizing;
 use super::Error;
 use crate::common::escape;
 use crate::common::private_files::{self, FileMode};
+use crate::common::regular_file;
 
 /// What became of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -127,15 +128,30 @@ impl<'a> Machine<'a> {
         };
         if !exists {
             if !self.dry_run {
+                self.make_parents(&at).map_err(failed)?;
                 private_files::make_dir(&at, FileMode::PRIVATE).map_err(failed)?;
-                let dir = File::open(&at).map_err(failed)?;
+                let dir = regular_file::open_directory(&at).map_err(failed)?;
                 assign(&dir, mode, owner).map_err(failed)?;
             }
             self.report(State::Created, path, shown(mode, owner));
             return Ok(());
         }
-        let dir = File::open(&at).map_err(failed)?;
+        let dir = regular_file::open_directory(&at).map_err(failed)?;
         self.mend(path, &dir, mode, Some(owner))
+    }
+
+    /// Creates the missing directories above `at`, which belong to the machine and are for all of its users.
+    fn make_parents(&self, at: &Path) -> io::Result<()> {
+        let parents = at.ancestors().skip(1);
+        let missing: Vec<&Path> = parents
+            .take_while(|dir| *dir != self.root && fs::symlink_metadata(dir).is_err())
+            .collect();
+        for dir in missing.into_iter().rev() {
+            private_files::make_dir(dir, FileMode::PRIVATE)?;
+            let dir = regular_file::open_directory(dir)?;
+            dir.set_permissions(Permissions::from_mode(0o755))?;
+        }
+        Ok(())
     }
 
     /// Creates a file, unless there is one. Its content is written before it has a name. An existing one keeps its content,
@@ -178,15 +194,12 @@ impl<'a> Machine<'a> {
         mode: u32,
         owner: Option<Owner>,
     ) -> Result<bool, Error> {
-        let file = match File::open(self.at(path)) {
+        let file = match regular_file::open(&self.at(path)) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(failed(path, error)),
         };
         let there = file.metadata().map_err(|source| failed(path, source))?;
-        if !there.is_file() {
-            return Err(Error::InTheWay(format!("{path}: it is no regular file")));
-        }
         self.mend(path, &file, there.mode() & 0o7777 & mode, owner)?;
         Ok(true)
     }

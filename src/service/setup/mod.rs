@@ -16,7 +16,7 @@ pub(crate) use self::machine::{Action, State};
 pub(crate) use self::record::default_record;
 
 use self::machine::{Machine, Owner, ROOT, User};
-use crate::common::escape;
+use crate::common::{escape, private_files, regular_file};
 use crate::service::job::Keys;
 
 /// Settings for the start, which the administrator edits.
@@ -38,6 +38,9 @@ const MANAGER_SECRETS: [(&str, &str); 4] = [
     ("/etc/upperdeck/tokens.toml", "tokens_file"),
 ];
 const AGENT_SECRETS: [(&str, &str); 2] = [MANAGER_SECRETS[0], MANAGER_SECRETS[1]];
+
+/// Maximum size of a file with keys, in bytes.
+const MAX_KEYS: u64 = 64 << 10;
 
 /// What a machine is prepared for.
 #[derive(Clone, Debug)]
@@ -101,7 +104,12 @@ pub(crate) enum Error {
 
 /// Prepares the machine. `done` is called with each step when it is finished.
 pub(crate) fn run(options: &Options, mut done: impl FnMut(&Action)) -> Result<Report, Error> {
-    let mut machine = Machine::new(&options.root, options.dry_run, &mut done);
+    // useradd takes no relative prefix.
+    let root = std::path::absolute(&options.root).map_err(|source| Error::Path {
+        path: options.root.clone(),
+        source,
+    })?;
+    let mut machine = Machine::new(&root, options.dry_run, &mut done);
     let purpose = match &options.purpose {
         Purpose::Manager => {
             manager(&mut machine)?;
@@ -166,7 +174,7 @@ fn settings(machine: &mut Machine<'_>) -> Result<(), Error> {
 /// Derives the node's key where the master key is on this machine.
 fn node_key(machine: &mut Machine<'_>, node: &str, master: Option<&Path>) -> Result<(), Error> {
     if machine.secret(NODE_KEY, 0o600, Some(Owner::both(ROOT)))? {
-        return Ok(());
+        return check_node_key(machine, node);
     }
     let master = match master {
         Some(master) => Some(master.to_owned()),
@@ -184,13 +192,41 @@ fn node_key(machine: &mut Machine<'_>, node: &str, master: Option<&Path>) -> Res
         let file = escape::text(&master.display().to_string());
         Error::InTheWay(format!("the master key {file}: {reason}"))
     };
-    let text = std::fs::read_to_string(&master).map_err(|error| unusable(error.to_string()))?;
-    let text = Zeroizing::new(text);
+    let text = key_text(&master).map_err(unusable)?;
     let keys = Keys::parse(&text).map_err(|error| unusable(error.to_string()))?;
     let key = keys
         .node_file(node)
         .map_err(|error| Error::InTheWay(format!("the node's name: {error}")))?;
     machine.file(NODE_KEY, 0o600, Owner::both(ROOT), || key)
+}
+
+/// Fails if the agent of this node could not start with the key that is there.
+fn check_node_key(machine: &Machine<'_>, node: &str) -> Result<(), Error> {
+    let checked = key_text(&machine.at(NODE_KEY)).and_then(|text| {
+        let parsed = Keys::parse_node(&text, node);
+        parsed.map(drop).map_err(|error| error.to_string())
+    });
+    checked.map_err(|reason| {
+        Error::InTheWay(format!(
+            "{NODE_KEY}: {reason}; remove the file to have the key of this node made, or name the node with --node"
+        ))
+    })
+}
+
+/// Reads a file with keys. Fails if other users can read or change it: with the keys, orders can be forged.
+fn key_text(path: &Path) -> Result<Zeroizing<String>, String> {
+    let file = regular_file::open(path).map_err(|error| error.to_string())?;
+    let there = file.metadata().map_err(|error| error.to_string())?;
+    if private_files::is_accessible_to_others(&there) {
+        return Err(
+            "any user of this machine can read or change it: 'chmod 600' it, and replace the keys if they may have been \
+             read"
+                .to_owned(),
+        );
+    }
+    let bytes = regular_file::read_open(file, MAX_KEYS).map_err(|error| error.to_string())?;
+    let text = String::from_utf8(bytes).map_err(|_| "it is not text".to_owned())?;
+    Ok(Zeroizing::new(text))
 }
 
 impl Owner {

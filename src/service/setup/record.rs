@@ -1,14 +1,16 @@
 //! The record of an earlier version, which was in the directory that now belongs to agents.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::unix::fs::{MetadataExt as _, fchown};
 use std::path::Path;
 
+use rustix::fs::{Mode, OFlags};
 use rustix::process::{Flock, FlockType, fcntl_getlk};
 
 use super::machine::{Machine, ROOT, State, User, failed};
 use super::{Error, MANAGER_STATE, NODE_STATE};
+use crate::common::regular_file;
 
 /// The database, and the files that SQLite keeps beside it: what was written last is in the first of these.
 const FILES: [&str; 3] = ["manager.db", "manager.db-wal", "manager.db-shm"];
@@ -76,12 +78,15 @@ pub(super) fn move_earlier(machine: &mut Machine<'_>, user: User) -> Result<(), 
 }
 
 fn give(path: &Path, user: User) -> io::Result<()> {
-    fchown(File::open(path)?, user.uid, user.gid)
+    // A directory or a file: neither waits for anything, as a FIFO would.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty())?;
+    fchown(file, user.uid, user.gid)
 }
 
 /// Returns whether a process has the database open: it holds a lock on the file of the shared index for as long.
 fn in_use(index: &Path) -> io::Result<bool> {
-    let file = match File::open(index) {
+    let file = match regular_file::open(index) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(error),

@@ -1,16 +1,19 @@
 //! The user that managers run as. Only the machine's own user database is read: a service's user belongs there, and not into
 //! a directory service.
 
-use std::fs;
 use std::io;
 use std::process::{Command, Stdio};
 
 use super::Error;
 use super::machine::{Machine, State, User, failed};
 use crate::common::escape;
+use crate::common::regular_file;
 
 /// Maximum length of the message of `useradd` in characters.
 const MAX_MESSAGE: usize = 500;
+
+/// Maximum size of the user database in bytes.
+const MAX_USERS: u64 = 64 << 20;
 
 /// Returns the user, which is created as a system user without a login if it does not exist.
 pub(super) fn find_or_create(
@@ -46,8 +49,8 @@ pub(super) fn find_or_create(
 
 fn find(machine: &Machine<'_>, name: &'static str) -> Result<Option<User>, Error> {
     const FILE: &str = "/etc/passwd";
-    let users = match fs::read_to_string(machine.at(FILE)) {
-        Ok(users) => users,
+    let users = match regular_file::read(&machine.at(FILE), MAX_USERS) {
+        Ok(users) => String::from_utf8_lossy(&users).into_owned(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(failed(FILE, error)),
     };

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
@@ -294,6 +294,42 @@ impl Blobs {
     }
 }
 
+/// The directory that blobs are written to, held open: whoever may write to the layout cannot put a symbolic link in its
+/// place.
+pub(super) struct BlobDirectory {
+    dir: OwnedFd,
+    /// Its path, for messages.
+    pub(super) shown: PathBuf,
+}
+
+impl BlobDirectory {
+    /// Opens `blobs/sha256` of the layout at `root`; `None` if there is none. Fails as [`Blobs::open`] does.
+    pub(super) fn open(root: &Path) -> Result<Option<Self>, Error> {
+        let dir = Blobs::open(root)?.dirs.remove("sha256");
+        Ok(dir.map(|dir| Self {
+            dir,
+            shown: root.join("blobs/sha256"),
+        }))
+    }
+
+    /// Returns a path of the open directory, whatever lies at its name now.
+    pub(super) fn at(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.dir.as_raw_fd()).into()
+    }
+}
+
+/// Gives the directories of the blobs to the user whose layout it is, if root has created them.
+pub(super) fn give_to_owner(root: &Path) -> io::Result<()> {
+    let layout = File::from(rustix::fs::open(
+        root,
+        directory_flags(OFlags::empty()),
+        Mode::empty(),
+    )?);
+    let blobs = File::from(open_directory(&layout, "blobs")?);
+    staged::give_to_owner_of(&layout, &blobs)?;
+    staged::give_to_owner_of(&layout, &open_directory(&blobs, "sha256")?.into())
+}
+
 /// Returns the bytes that are free once this name of a file is deleted.
 pub(super) fn freed_bytes(stat: &Stat) -> u64 {
     if stat.st_nlink > 1 {
@@ -315,7 +351,7 @@ fn directory_flags(more: OFlags) -> OFlags {
     OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | more
 }
 
-fn open_directory(parent: &OwnedFd, name: &str) -> rustix::io::Result<OwnedFd> {
+fn open_directory(parent: impl AsFd, name: &str) -> rustix::io::Result<OwnedFd> {
     rustix::fs::openat(
         parent,
         name,

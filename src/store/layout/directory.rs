@@ -7,14 +7,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use rustix::fs::FlockOperation;
 
-use super::blobs::BlobName;
+use super::blobs::{self, BlobDirectory, BlobName};
 use super::lease::{Before, Lease};
 use super::neighbours::Neighbours;
 use super::prune::{self, PruneOptions, PruneProgress, Pruned};
 use super::staged::{Staged, sync_directory};
-use super::sweep::{self, Freed};
+use super::sweep::{self, Freed, Lock};
 use super::writer::Writer;
 use super::{
     Error, LAYOUT_FILE, add_to_index, blob_path, io_error, read_document, references, sync_error,
@@ -87,6 +86,7 @@ impl Directory {
             }
             Ok(_) => {
                 self.check_version()?;
+                self.open_blobs()?;
             }
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(io_error(&self.path, "open")(e)),
@@ -155,24 +155,39 @@ impl Directory {
     }
 
     /// Creates the directories and `oci-layout`.
-    fn prepare(&self) -> Result<PathBuf, Error> {
+    fn prepare(&self) -> Result<BlobDirectory, Error> {
         let _writing = self.begin()?;
-        let blobs = self.path.join("blobs/sha256");
-        if blobs.is_dir() && self.path.join("oci-layout").exists() {
+        if let Some(blobs) = self.open_blobs()?
+            && self.path.join("oci-layout").exists()
+        {
             return Ok(blobs);
         }
         let is_one = self.check_version()?;
-        private_files::make_dir(&blobs, self.mode()).map_err(io_error(&blobs, "create"))?;
+        let path = self.path.join("blobs/sha256");
+        private_files::make_dir(&path, self.mode())
+            .and_then(|()| blobs::give_to_owner(&self.path))
+            .map_err(io_error(&path, "create"))?;
         if !is_one {
             self.replace("oci-layout", LAYOUT_FILE.as_bytes())?;
         }
-        Ok(blobs)
+        let blobs = self.open_blobs()?;
+        blobs.ok_or_else(|| io_error(&path, "open")(io::ErrorKind::NotFound.into()))
+    }
+
+    /// Opens `blobs/sha256`, if it exists.
+    ///
+    /// Fails if a symbolic link is there: what is written would go to wherever it leads.
+    fn open_blobs(&self) -> Result<Option<BlobDirectory>, Error> {
+        BlobDirectory::open(&self.path).map_err(|error| match error {
+            Error::NotFreed { reason, .. } => self.not_a_layout(&reason),
+            error => error,
+        })
     }
 
     fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
         let target = self.path.join(name);
         let write = || {
-            let mut staged = Staged::create(&self.path, self.mode())?;
+            let mut staged = Staged::create_in_layout(&self.path, self.mode())?;
             staged.file.write_all(bytes)?;
             staged.publish(&target)
         };
@@ -199,7 +214,7 @@ impl Directory {
 
     fn stat_blob(&self, digest: &Digest, size: Option<u64>) -> Result<Option<u64>, Error> {
         let path = self.path.join(blob_path(digest));
-        match fs::metadata(&path) {
+        match fs::symlink_metadata(&path) {
             Ok(found) if found.is_file() => {
                 Ok(Some(found.len()).filter(|&n| size.is_none_or(|s| s == n)))
             }
@@ -225,7 +240,8 @@ impl Directory {
         let Some(found) = neighbours.find(&self.path, digest, size, self.mode()) else {
             return Ok(None);
         };
-        let target = self.prepare()?.join(digest.hex());
+        let blobs = self.prepare()?;
+        let target = blobs.at().join(digest.hex());
         let mut writing = self.begin()?;
         writing.add(digest.into())?;
         match found.link_to(&target) {
@@ -240,7 +256,8 @@ impl Directory {
     /// Starts a blob whose digest is known only at its end. Its file has no name until then.
     pub fn begin_blob(&self) -> Result<DirectoryBlob, Error> {
         let blobs = self.prepare()?;
-        let staged = Staged::create(&blobs, self.mode()).map_err(io_error(&blobs, "write into"))?;
+        let staged = Staged::create_in_layout(&blobs.at(), self.mode())
+            .map_err(io_error(&blobs.shown, "write into"))?;
         Ok(DirectoryBlob {
             layout: self.clone(),
             blobs,
@@ -291,7 +308,7 @@ impl Directory {
         let blobs = self.path.join("blobs/sha256");
         sync_directory(&blobs).map_err(io_error(&blobs, "write"))?;
         let mut writing = self.begin()?;
-        let lock = sweep::lock(&self.path, FlockOperation::LockExclusive)?;
+        let lock = writing.lock_exclusively(&self.path)?;
         let existing = read_document(&self.path.join("index.json"))?;
         let replaced = self.tagged(existing.as_deref(), tag)?;
         if let Some(found) = replaced
@@ -373,7 +390,12 @@ impl Directory {
         &self,
         choose: impl FnOnce() -> Result<(Vec<(Digest, Option<String>)>, T), E>,
     ) -> Result<(T, Result<Freed, Error>), E> {
-        let lock = sweep::lock(&self.path, FlockOperation::LockExclusive)?;
+        let lock = sweep::lock(
+            &self.path,
+            Lock::Exclusive,
+            sweep::REMOVE_LOCK_LIMIT,
+            &mut || true,
+        )?;
         if let Err(error) = sweep::recover_locked(&self.path, &lock) {
             tracing::warn!(layout = %self.path.display(), %error, "what a killed save left stays");
         }
@@ -442,7 +464,7 @@ impl Drop for GiveUp {
 /// A blob that is being written to a layout directory. If dropped before [`DirectoryBlob::finish`], nothing remains.
 pub struct DirectoryBlob {
     layout: Directory,
-    blobs: PathBuf,
+    blobs: BlobDirectory,
     staged: Staged,
     written: u64,
 }
@@ -453,7 +475,7 @@ impl DirectoryBlob {
         self.staged
             .file
             .write_all(bytes)
-            .map_err(io_error(&self.blobs, "write into"))?;
+            .map_err(io_error(&self.blobs.shown, "write into"))?;
         self.written += bytes.len() as u64;
         Ok(())
     }
@@ -463,14 +485,14 @@ impl DirectoryBlob {
     pub fn finish(self, digest: &Digest, size: u64) -> Result<(), Error> {
         if self.written != size {
             return Err(Error::Size {
-                path: self.blobs,
+                path: self.blobs.shown,
                 what: "the blob that was written".to_owned(),
                 expected: size,
                 found: self.written,
             });
         }
-        let target = self.blobs.join(digest.hex());
-        let failed = || io_error(&target, "write");
+        let shown = self.blobs.shown.join(digest.hex());
+        let failed = || io_error(&shown, "write");
         // Its digest was not known when it was looked for.
         if let Some(neighbours) = &self.layout.neighbours
             && self.layout.stat_blob(digest, Some(size))?.is_none()
@@ -485,6 +507,30 @@ impl DirectoryBlob {
         if self.layout.stat_blob(digest, Some(size))?.is_some() {
             return Ok(());
         }
+        let target = self.blobs.at().join(digest.hex());
         self.staged.publish(&target).map_err(failed())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_save_that_is_given_up_does_not_wait_for_the_lock() -> Result<(), Box<dyn std::error::Error>>
+    {
+        let dir = tempfile::tempdir()?;
+        let layout = Directory::new(dir.path());
+        layout.check()?;
+        let held = fs::File::open(dir.path())?;
+        rustix::fs::flock(&held, rustix::fs::FlockOperation::LockExclusive)?;
+        let save = layout.give_up_on_drop();
+        let waiting = layout.clone();
+        let blob = Bytes::from_static(b"content");
+        let writer = std::thread::spawn(move || waiting.put_blob(&blob, &Digest::of(&blob)));
+        drop(save);
+        let ended = writer.join().map_err(|_| "panic")?;
+        assert!(matches!(ended, Err(Error::GivenUp { .. })), "{ended:?}");
+        Ok(())
     }
 }

@@ -19,9 +19,10 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::blobs::BlobName;
-use super::staged::{sync_directory, try_lock};
+use super::staged::{give_to_owner_of, sync_directory, try_lock};
 use super::{Error, io_error};
 use crate::common::private_files::FileMode;
+use crate::common::regular_file;
 
 /// Start of the names of these files.
 const PREFIX: &str = ".upperdeck-save-";
@@ -76,6 +77,7 @@ impl Lease {
             };
             let begin = |lease: &mut Self| {
                 let locked = try_lock(&lease.file)?;
+                give_to_owner_of(regular_file::open_directory(root)?, &lease.file)?;
                 mode.set(&lease.file)?;
                 // Another process may have taken the file for that of a dead writer before it was locked.
                 if !locked || lease.file.metadata()?.nlink() == 0 {
@@ -182,6 +184,20 @@ impl Abandoned {
 }
 
 impl Others {
+    /// Returns what was there before the first of the dead writers.
+    pub(super) fn before_abandoned(&self) -> Before {
+        let mut all = self.abandoned.iter().map(|dead| dead.before);
+        if self.abandoned.is_empty() || all.any(|before| before == Before::Layout) {
+            return Before::Layout;
+        }
+        let mut all = self.abandoned.iter().map(|dead| dead.before);
+        if all.any(|before| before == Before::Nothing) {
+            Before::Nothing
+        } else {
+            Before::Directory
+        }
+    }
+
     /// Reads the lists in `root`, except `own`. The caller holds the exclusive lock on the directory.
     ///
     /// Fails if one cannot be read: what it lists would not be known to be in use.

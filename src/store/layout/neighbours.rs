@@ -8,15 +8,17 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use rustix::fs::{FlockOperation, Stat};
+use rustix::fs::Stat;
 use sha2::{Digest as _, Sha256};
 use tempfile::TempPath;
 
 use super::blobs::{BlobName, Blobs, Found, freed_bytes};
 use super::staged::{self, sync_directory};
-use super::{Error, blob_path, io_error, sweep};
+use super::sweep::{self, Lock};
+use super::{Error, blob_path, io_error};
 use crate::common::digest::Digest;
 use crate::common::private_files::FileMode;
+use crate::common::regular_file;
 
 /// Maximum depth at which layouts are looked for.
 const MAX_DEPTH: usize = 8;
@@ -87,8 +89,8 @@ impl Neighbours {
         }
     }
 
-    /// Finds a blob in another layout than `own`. It has to belong to this user and to have the mode of the files of
-    /// this layout, as a link has both in common.
+    /// Finds a blob in another layout than `own`, and verifies its content. It has to belong to this user and to have the
+    /// mode of the files of this layout, as a link has both in common.
     pub(super) fn find(
         &self,
         own: &Path,
@@ -109,12 +111,17 @@ impl Neighbours {
         let mut others = layouts.iter().filter(|layout| *layout != own);
         others.find_map(|layout| {
             let path = layout.join(blob_path(digest));
-            let meta = fs::symlink_metadata(&path).ok()?;
-            let fits = meta.is_file()
-                && size.is_none_or(|size| size == meta.len())
+            let file = regular_file::open_no_follow(&path).ok()?;
+            let meta = file.metadata().ok()?;
+            let fits = size.is_none_or(|size| size == meta.len())
                 && meta.uid() == user
                 && mode.is_of(&meta);
-            fits.then(|| Neighbour {
+            // One damaged blob would otherwise damage each image that shares it.
+            let sound = fits && content_has_digest(file, digest, &mut |_| true);
+            if fits && !sound {
+                tracing::warn!(blob = %path.display(), "a blob of another layout is damaged, and is not shared");
+            }
+            sound.then(|| Neighbour {
                 path,
                 inode: (meta.dev(), meta.ino()),
                 size: meta.len(),
@@ -233,9 +240,11 @@ fn describe(layout: usize, name: BlobName, stat: &Stat) -> (Key, Copy) {
 /// Returns whether a file can be read and has the digest. `seen` gets the number of bytes read; if it returns false, the
 /// answer is no.
 fn has_digest(path: &Path, digest: &Digest, seen: &mut dyn FnMut(u64) -> bool) -> bool {
-    let Ok(mut file) = File::open(path) else {
-        return false;
-    };
+    regular_file::open(path).is_ok_and(|file| content_has_digest(file, digest, seen))
+}
+
+/// Like [`has_digest`], of an open file.
+fn content_has_digest(mut file: File, digest: &Digest, seen: &mut dyn FnMut(u64) -> bool) -> bool {
     let mut hasher = Sha256::new();
     let mut piece = vec![0; READ_SIZE];
     let mut read = 0;
@@ -255,7 +264,7 @@ fn has_digest(path: &Path, digest: &Digest, seen: &mut dyn FnMut(u64) -> bool) -
 fn replace(root: &Path, sound: &Path, copy: &Path, (from, old): ((u64, u64), (u64, u64))) -> bool {
     let replaced = || {
         // Nothing deletes the file until it is replaced.
-        let _lock = sweep::lock(root, FlockOperation::LockExclusive)?;
+        let _lock = sweep::lock(root, Lock::Exclusive, sweep::LOCK_LIMIT, &mut || true)?;
         let failed = || io_error(copy, "replace");
         let meta = fs::symlink_metadata(copy).map_err(failed())?;
         let dir = copy.parent().unwrap_or(root);

@@ -4,11 +4,11 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use rustix::fs::{FlockOperation, Stat};
+use rustix::fs::Stat;
 
 use super::blobs::{BlobName, Blobs, Entry, Found, freed_bytes};
-use super::lease::{Others, is_lease};
-use super::sweep::{self, Freed};
+use super::lease::{Before, Others, is_lease};
+use super::sweep::{self, Freed, LOCK_LIMIT, Lock};
 use super::{Error, io_error, references, staged};
 
 /// Maximum number of files that are listed as left alone.
@@ -72,14 +72,20 @@ pub(super) fn prune(
     options: PruneOptions,
     seen: &mut dyn FnMut(PruneProgress) -> bool,
 ) -> Result<Pruned, Error> {
-    let _lock = sweep::lock(root, FlockOperation::LockExclusive)?;
     let mut pruned = Pruned::default();
+    let mut go_on = || seen(PruneProgress::Reading);
+    let _lock = match sweep::lock(root, Lock::Exclusive, LOCK_LIMIT, &mut go_on) {
+        Err(Error::GivenUp { .. }) => return Ok(pruned),
+        lock => lock?,
+    };
     if !seen(PruneProgress::Reading) {
         return Ok(pruned);
     }
     let writers = Others::read(root, None)?;
     let blobs = Blobs::open(root)?;
-    let mut needed = sweep::needed(root, &blobs, false)?;
+    // A first save that was killed leaves a layout without an index.
+    let before = writers.before_abandoned();
+    let mut needed = sweep::needed(root, &blobs, before != Before::Layout)?;
     let (entries, others) = blobs.list()?;
     let left_by_dead: HashSet<_> = writers
         .abandoned
@@ -143,6 +149,9 @@ pub(super) fn prune(
         pruned.temporary += staged::delete_all_abandoned(root).map_err(io_error(root, "read"))?;
         for dead in &writers.abandoned {
             dead.remove()?;
+        }
+        if writers.writers == 0 {
+            sweep::remove_empty_layout(root, before);
         }
     }
     Ok(pruned)

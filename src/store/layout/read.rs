@@ -1,9 +1,9 @@
 //! Reads images from layouts, for `--base` and for verifying what was saved.
 
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,6 +13,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{Error, MAX_DOCUMENT, REF_NAME, blob_path, io_error};
 use crate::common::digest::Digest;
+use crate::common::regular_file;
 use crate::image::manifest::Platform;
 use crate::image::manifest::raw::{MANIFEST_TYPES, RawManifest, manifest_type};
 
@@ -64,7 +65,7 @@ impl Reader {
     /// Opens an uncompressed layout archive and lists its files.
     pub fn archive(path: impl Into<PathBuf>) -> Result<Self, Error> {
         let path = path.into();
-        let file = open_regular(&path).map_err(io_error(&path, "open"))?;
+        let file = regular_file::open(&path).map_err(io_error(&path, "open"))?;
         let length = file.metadata().map_err(io_error(&path, "read"))?.len();
         let entries = list_archive(&file, length).map_err(|e| Error::NotALayout {
             path: path.clone(),
@@ -98,7 +99,7 @@ impl Reader {
         match &self.files {
             Files::Directory => {
                 let path = self.path.join(name);
-                let file = open_regular(&path).map_err(io_error(&path, "open"))?;
+                let file = regular_file::open(&path).map_err(io_error(&path, "open"))?;
                 let length = file.metadata().map_err(io_error(&path, "read"))?.len();
                 Ok((Box::new(file), length))
             }
@@ -351,22 +352,6 @@ impl Reader {
         }
         Ok(bytes)
     }
-}
-
-/// Opens a regular file. `O_NONBLOCK` keeps a FIFO in an untrusted layout from blocking the call.
-fn open_regular(path: &Path) -> io::Result<File> {
-    let flags = rustix::fs::OFlags::NONBLOCK.bits() as i32;
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(flags)
-        .open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "not a regular file",
-        ));
-    }
-    Ok(file)
 }
 
 fn list_archive(file: &File, length: u64) -> io::Result<HashMap<Vec<u8>, (u64, u64)>> {

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd as _};
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, fchown};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags};
@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use tempfile::TempPath;
 
 use crate::common::private_files::FileMode;
+use crate::common::regular_file;
 
 /// Start of temporary names; six letters or digits follow.
 pub(super) const PREFIX: &str = ".upperdeck-tmp-";
@@ -27,6 +28,14 @@ pub(super) struct Staged {
 }
 
 impl Staged {
+    /// Like [`Staged::create`], in a directory of a layout: root's files are given to the user whose layout it is.
+    pub(super) fn create_in_layout(dir: &Path, mode: FileMode) -> io::Result<Self> {
+        let staged = Self::create_private(dir)?;
+        give_to_owner_of(regular_file::open_directory(dir)?, &staged.file)?;
+        mode.set(&staged.file)?;
+        Ok(staged)
+    }
+
     /// Creates a file with `mode` in `dir`, which has to be on the file system of the final name.
     pub(super) fn create(dir: &Path, mode: FileMode) -> io::Result<Self> {
         let staged = Self::create_private(dir)?;
@@ -98,6 +107,17 @@ fn link(file: &File, target: &Path) -> rustix::io::Result<()> {
     }
 }
 
+/// Gives a file or directory that root has created in the directory of another user to that user, who could not read it
+/// otherwise.
+pub(super) fn give_to_owner_of(dir: impl AsFd, file: &File) -> io::Result<()> {
+    let to = rustix::fs::fstat(dir)?;
+    let own = rustix::process::geteuid();
+    if !own.is_root() || to.st_uid == 0 || file.metadata()?.uid() != 0 {
+        return Ok(());
+    }
+    fchown(file, Some(to.st_uid), Some(to.st_gid))
+}
+
 /// Returns whether a file has a temporary name.
 pub(super) fn is_temporary(file: &str) -> bool {
     file.strip_prefix(PREFIX).is_some_and(is_random)
@@ -132,7 +152,7 @@ pub(super) fn delete_abandoned(dir: impl AsFd, file: &str) -> io::Result<bool> {
 
 /// Deletes the files with a temporary name in `dir` that no process has locked. Returns their number.
 pub(super) fn delete_all_abandoned(dir: &Path) -> io::Result<u64> {
-    let opened = File::open(dir)?;
+    let opened = regular_file::open_directory(dir)?;
     let mut deleted = 0;
     for entry in std::fs::read_dir(dir)? {
         let name = entry?.file_name();
@@ -155,7 +175,7 @@ pub(super) fn try_lock(file: &File) -> io::Result<bool> {
 
 /// Syncs a directory, so that its entries survive a crash.
 pub(super) fn sync_directory(dir: &Path) -> io::Result<()> {
-    File::open(dir)?.sync_all()
+    regular_file::open_directory(dir)?.sync_all()
 }
 
 #[cfg(test)]

@@ -6,14 +6,36 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 
 use super::blobs::{BlobName, Blobs};
 use super::lease::{self, Before, Lease, Others};
 use super::references::{self, Reference};
 use super::staged::{self, sync_directory};
 use super::{Error, io_error, read_document};
+use crate::common::regular_file;
+
+/// How long a save or a pruning waits for the lock on a layout. The commands of this program hold it for moments, or
+/// while they delete blobs.
+pub(super) const LOCK_LIMIT: Duration = Duration::from_secs(60);
+/// The same of the removal of an image, which a user waits for.
+pub(super) const REMOVE_LOCK_LIMIT: Duration = Duration::from_secs(20);
+/// The same of the end of a save that is given up: what it leaves is deleted by the next command.
+const GIVE_UP_LOCK_LIMIT: Duration = Duration::from_secs(2);
+/// Longest pause between two attempts to lock a layout.
+const MAX_LOCK_PAUSE: Duration = Duration::from_millis(50);
+
+/// How a layout is locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lock {
+    /// Others may lock it so, too.
+    Shared,
+    /// No other process may.
+    Exclusive,
+}
 
 /// What was deleted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -33,11 +55,46 @@ impl Freed {
 
 /// Locks the layout's directory until the returned file is closed. Shared: while a list gets another name. Exclusive:
 /// while `index.json` changes or blobs are deleted. The directory itself is locked, so that no lock file remains.
-pub(super) fn lock(root: &Path, how: FlockOperation) -> Result<File, Error> {
-    let lock = File::open(root).map_err(io_error(root, "open"))?;
-    rustix::io::retry_on_intr(|| rustix::fs::flock(&lock, how))
-        .map_err(|e| io_error(root, "lock")(e.into()))?;
-    Ok(lock)
+///
+/// Every user who can read the directory can lock it, too. So the lock is waited for no longer than `limit`, and only as
+/// long as `go_on` returns true.
+pub(super) fn lock(
+    root: &Path,
+    how: Lock,
+    limit: Duration,
+    go_on: &mut dyn FnMut() -> bool,
+) -> Result<File, Error> {
+    let lock = regular_file::open_directory(root).map_err(io_error(root, "open"))?;
+    let (begun, mut pause) = (Instant::now(), Duration::from_millis(1));
+    let how = match how {
+        Lock::Shared => FlockOperation::NonBlockingLockShared,
+        Lock::Exclusive => FlockOperation::NonBlockingLockExclusive,
+    };
+    loop {
+        match rustix::io::retry_on_intr(|| rustix::fs::flock(&lock, how)) {
+            Ok(()) => return Ok(lock),
+            Err(Errno::WOULDBLOCK) => {}
+            Err(error) => return Err(io_error(root, "lock")(error.into())),
+        }
+        if !go_on() {
+            return Err(Error::GivenUp {
+                path: root.to_path_buf(),
+            });
+        }
+        if begun.elapsed() >= limit {
+            let why = format!(
+                "another process has held its lock for more than {} s; 'lslocks' shows which (each user who can read the \
+                 directory can hold it)",
+                limit.as_secs()
+            );
+            return Err(io_error(root, "lock")(io::Error::new(
+                io::ErrorKind::TimedOut,
+                why,
+            )));
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(MAX_LOCK_PAUSE);
+    }
 }
 
 /// Returns the blobs that images need.
@@ -65,16 +122,23 @@ pub(super) fn needed_by(root: &Path, document: BlobName) -> Result<HashSet<BlobN
     references::reachable(&blobs, [Reference::to_document(document)])
 }
 
-/// Ends a writer: deletes what it lists and no image needs, then the list itself. `known` is needed for certain, so that
-/// images are not read if there is nothing else.
+/// Ends a writer that is given up: deletes what it lists and no image needs, then the list itself.
 ///
 /// A failure keeps the list, for the next command.
-pub(super) fn end(lease: &Lease, known: &HashSet<BlobName>) -> Result<Freed, Error> {
-    let lock = lock(lease.root(), FlockOperation::LockExclusive)?;
-    end_locked(lease, known, &lock)
+pub(super) fn give_up(lease: &Lease) -> Result<Freed, Error> {
+    let lock = lock(
+        lease.root(),
+        Lock::Exclusive,
+        GIVE_UP_LOCK_LIMIT,
+        &mut || true,
+    )?;
+    end_locked(lease, &HashSet::new(), &lock)
 }
 
-/// Like [`end`], under a lock that the caller holds.
+/// Ends a writer under the exclusive lock, which the caller holds. `known` is needed for certain, so that images are not
+/// read if there is nothing else.
+///
+/// A failure keeps the list, for the next command.
 pub(super) fn end_locked(
     lease: &Lease,
     known: &HashSet<BlobName>,
@@ -96,10 +160,15 @@ pub(super) fn end_locked(
 ///
 /// Fails without having deleted anything if what images need cannot be determined.
 pub fn recover(root: &Path) -> Result<Freed, Error> {
+    recover_while(root, &mut || true)
+}
+
+/// Like [`recover`], as long as `go_on` returns true.
+pub(super) fn recover_while(root: &Path, go_on: &mut dyn FnMut() -> bool) -> Result<Freed, Error> {
     if !lease::any_abandoned(root)? {
         return Ok(Freed::default());
     }
-    let lock = lock(root, FlockOperation::LockExclusive)?;
+    let lock = lock(root, Lock::Exclusive, LOCK_LIMIT, go_on)?;
     recover_locked(root, &lock)
 }
 
@@ -109,12 +178,9 @@ pub(super) fn recover_locked(root: &Path, _: &File) -> Result<Freed, Error> {
     if others.abandoned.is_empty() {
         return Ok(Freed::default());
     }
-    let new = others
-        .abandoned
-        .iter()
-        .all(|dead| dead.before != Before::Layout);
+    let before = others.before_abandoned();
     let names = others.abandoned.iter().flat_map(|dead| &dead.names);
-    let freed = delete_unneeded(root, names, &others, new)?;
+    let freed = delete_unneeded(root, names, &others, before != Before::Layout)?;
     staged::delete_all_abandoned(root).map_err(io_error(root, "read"))?;
     let blobs = root.join("blobs/sha256");
     match staged::delete_all_abandoned(&blobs) {
@@ -127,15 +193,6 @@ pub(super) fn recover_locked(root: &Path, _: &File) -> Result<Freed, Error> {
         dead.remove()?;
     }
     if others.writers == 0 {
-        let created = others
-            .abandoned
-            .iter()
-            .any(|dead| dead.before == Before::Nothing);
-        let before = match (new, created) {
-            (false, _) => Before::Layout,
-            (true, false) => Before::Directory,
-            (true, true) => Before::Nothing,
-        };
         remove_empty_layout(root, before);
     }
     tracing::info!(
@@ -180,7 +237,7 @@ fn delete_unneeded<'n>(
 
 /// Removes what a writer created of a layout that has no image. Directories that have other contents stay, and so does
 /// what cannot be removed.
-fn remove_empty_layout(root: &Path, before: Before) {
+pub(super) fn remove_empty_layout(root: &Path, before: Before) {
     if before == Before::Layout || root.join("index.json").exists() {
         return;
     }
@@ -196,5 +253,30 @@ fn remove_empty_layout(root: &Path, before: Before) {
         });
     if let Err(error) = removed {
         tracing::debug!(layout = %root.display(), %error, "an empty layout stays");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_that_is_held_is_waited_for_only_so_long() -> io::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let held = File::open(dir.path())?;
+        rustix::fs::flock(&held, FlockOperation::LockShared)?;
+        let wait = |how, limit, go_on: &mut dyn FnMut() -> bool| {
+            lock(dir.path(), how, Duration::from_millis(limit), go_on)
+        };
+        assert!(wait(Lock::Shared, 0, &mut || true).is_ok());
+        let error = wait(Lock::Exclusive, 30, &mut || true).err();
+        let told = error.as_ref().map(ToString::to_string).unwrap_or_default();
+        assert!(told.contains("another process has held"), "{told}");
+        assert!(error.is_some_and(|error| error.retryable()));
+        let ended = wait(Lock::Exclusive, 60_000, &mut || false);
+        assert!(matches!(ended, Err(Error::GivenUp { .. })), "{ended:?}");
+        drop(held);
+        assert!(wait(Lock::Exclusive, 0, &mut || true).is_ok());
+        Ok(())
     }
 }

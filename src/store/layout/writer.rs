@@ -1,15 +1,16 @@
 //! The state of a save to a layout directory, shared by the clones of its [`super::Directory`].
 
 use std::collections::HashSet;
+use std::fs::File;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-
-use rustix::fs::FlockOperation;
 
 use super::blobs::BlobName;
 use super::lease::{Before, Lease};
-use super::{Error, io_error, sweep};
+use super::sweep::{self, Lock};
+use super::{Error, io_error};
 use crate::common::private_files::{self, FileMode};
 
 /// Attempts at a list of blobs in a directory that another process, whose save failed, is removing.
@@ -17,7 +18,12 @@ const MAX_ATTEMPTS: u32 = 5;
 
 /// A save to a layout directory. When the last clone is dropped, what was written and no image needs is deleted.
 #[derive(Debug, Default)]
-pub(super) struct Writer(Mutex<State>);
+pub(super) struct Writer {
+    state: Mutex<State>,
+    /// Whether the save is given up. Set before the state is changed, for a thread that has the state and waits for the
+    /// lock on the layout.
+    stop: AtomicBool,
+}
 
 #[derive(Debug, Default)]
 enum State {
@@ -31,7 +37,10 @@ enum State {
 }
 
 /// Access to the state. Lock order: this, then the layout's directory.
-pub(super) struct Writing<'w>(MutexGuard<'w, State>);
+pub(super) struct Writing<'w> {
+    state: MutexGuard<'w, State>,
+    stop: &'w AtomicBool,
+}
 
 impl Writer {
     /// Begins a save, unless it has begun: creates the directory and the list of what is written.
@@ -47,26 +56,34 @@ impl Writer {
         match *state {
             State::Writing(_) => {}
             State::GivenUp => return Err(given_up(root)),
-            State::Idle => *state = State::Writing(create(root, mode, &check)?),
+            State::Idle => *state = State::Writing(create(root, mode, &check, &self.stop)?),
         }
-        Ok(Writing(state))
+        Ok(self.writing(state))
     }
 
     /// Returns the save, if it has begun.
     pub(super) fn begun(&self) -> Option<Writing<'_>> {
         let state = self.lock();
-        matches!(*state, State::Writing(_)).then_some(Writing(state))
+        matches!(*state, State::Writing(_)).then(|| self.writing(state))
+    }
+
+    fn writing<'w>(&'w self, state: MutexGuard<'w, State>) -> Writing<'w> {
+        Writing {
+            state,
+            stop: &self.stop,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gives the save up: deletes what no image needs. Later writes fail.
     pub(super) fn give_up(&self) {
+        self.stop.store(true, Ordering::Relaxed);
         let mut state = self.lock();
         if let State::Writing(lease) = std::mem::replace(&mut *state, State::GivenUp)
-            && let Err(error) = sweep::end(&lease, &HashSet::new())
+            && let Err(error) = sweep::give_up(&lease)
         {
             tracing::warn!(
                 layout = %lease.root().display(), %error,
@@ -83,12 +100,17 @@ impl Drop for Writer {
 }
 
 impl Writing<'_> {
+    /// Locks the layout at `root` exclusively.
+    pub(super) fn lock_exclusively(&self, root: &Path) -> Result<File, Error> {
+        lock(root, Lock::Exclusive, self.stop)
+    }
+
     /// Lists a blob that is about to get its name while no other process compares.
     pub(super) fn add(&mut self, name: BlobName) -> Result<(), Error> {
-        let State::Writing(lease) = &mut *self.0 else {
+        let State::Writing(lease) = &mut *self.state else {
             return Ok(());
         };
-        let _lock = sweep::lock(lease.root(), FlockOperation::LockShared)?;
+        let _lock = lock(lease.root(), Lock::Shared, self.stop)?;
         lease.add_durably([name])
     }
 
@@ -98,10 +120,10 @@ impl Writing<'_> {
         name: BlobName,
         find: impl FnOnce() -> Result<Option<T>, Error>,
     ) -> Result<Option<T>, Error> {
-        let State::Writing(lease) = &mut *self.0 else {
+        let State::Writing(lease) = &mut *self.state else {
             return find();
         };
-        let _lock = sweep::lock(lease.root(), FlockOperation::LockShared)?;
+        let _lock = lock(lease.root(), Lock::Shared, self.stop)?;
         let found = find()?;
         if found.is_some() {
             lease.add([name])?;
@@ -114,7 +136,7 @@ impl Writing<'_> {
         &mut self,
         names: impl IntoIterator<Item = BlobName>,
     ) -> Result<(), Error> {
-        match &mut *self.0 {
+        match &mut *self.state {
             State::Writing(lease) => lease.add_durably(names),
             State::Idle | State::GivenUp => Ok(()),
         }
@@ -122,8 +144,8 @@ impl Writing<'_> {
 
     /// Ends the save under the exclusive lock, which the caller holds: what was listed and neither is in `known` nor is
     /// needed by an image is deleted. The image is saved whether this succeeds or not.
-    pub(super) fn end(mut self, known: &HashSet<BlobName>, lock: &std::fs::File) {
-        let State::Writing(lease) = std::mem::take(&mut *self.0) else {
+    pub(super) fn end(mut self, known: &HashSet<BlobName>, lock: &File) {
+        let State::Writing(lease) = std::mem::take(&mut *self.state) else {
             return;
         };
         if let Err(error) = sweep::end_locked(&lease, known, lock) {
@@ -133,6 +155,11 @@ impl Writing<'_> {
             );
         }
     }
+}
+
+fn lock(root: &Path, how: Lock, stop: &AtomicBool) -> Result<File, Error> {
+    let mut go_on = || !stop.load(Ordering::Relaxed);
+    sweep::lock(root, how, sweep::LOCK_LIMIT, &mut go_on)
 }
 
 fn given_up(root: &Path) -> Error {
@@ -145,7 +172,9 @@ fn create(
     root: &Path,
     mode: FileMode,
     check: &dyn Fn() -> Result<(), Error>,
+    stop: &AtomicBool,
 ) -> Result<Lease, Error> {
+    let mut go_on = || !stop.load(Ordering::Relaxed);
     let mut attempt = 1;
     loop {
         let before = if !root.exists() {
@@ -165,7 +194,8 @@ fn create(
             }
             created => {
                 // The save does not depend on what another one left.
-                if let (Ok(_), Err(error)) = (&created, sweep::recover(root)) {
+                let recovered = sweep::recover_while(root, &mut go_on);
+                if let (Ok(_), Err(error)) = (&created, recovered) {
                     tracing::warn!(layout = %root.display(), %error, "what a killed save left stays");
                 }
                 return created;

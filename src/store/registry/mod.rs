@@ -54,6 +54,9 @@ pub(crate) const MAX_CONCURRENT_UPLOADS: usize = 4;
 /// Default deadline of a save, for transfers that progress slowly: enough for a terabyte at 25 MB/s.
 pub(crate) const DEFAULT_DEADLINE: Duration = Duration::from_secs(12 * 3600);
 
+/// Time limit for finding out whether a tag is written although its answer was lost.
+const TAG_CHECK_LIMIT: Duration = Duration::from_secs(15);
+
 /// Returns a builder for an HTTP client to a host that is not a registry (a manager, a key set). It uses the machine's
 /// certificates and its proxies except for loopback addresses, and follows no redirects, because a token must go to no
 /// other host.
@@ -501,13 +504,36 @@ impl Repository {
         call.tag = Some(tag.to_owned());
         // Harbor answers 500 for a manifest that it cannot parse, however often it is repeated.
         call.max_attempts_at_500 = 2;
-        let response = self.host.call(&call).await?;
+        let response = match self.host.call(&call).await {
+            Ok(response) => response,
+            Err(error) => return self.written_all_the_same(tag, digest, error).await,
+        };
         let Err(error) = check_digest_header(&call, response.headers(), &digest) else {
             return Ok(digest);
         };
         // If the registry returned another digest, the manifest that the tag now refers to decides.
         match self.manifest(tag).await {
             Ok(found) if found.digest == digest => Ok(digest),
+            _ => Err(error),
+        }
+    }
+
+    /// Decides about a manifest whose write failed with `error`: a proxy may have lost the answer, or replaced it by one of
+    /// its own, after the registry had stored the manifest. If the tag names it, it is written.
+    async fn written_all_the_same(
+        &self,
+        tag: &str,
+        digest: Digest,
+        error: Error,
+    ) -> Result<Digest, Error> {
+        match tokio::time::timeout(TAG_CHECK_LIMIT, self.manifest(tag)).await {
+            Ok(Ok(found)) if found.digest == digest => {
+                tracing::warn!(
+                    registry.error = %error, tag,
+                    "the registry has stored the image, although its answer was lost or an error"
+                );
+                Ok(digest)
+            }
             _ => Err(error),
         }
     }

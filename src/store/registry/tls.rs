@@ -16,6 +16,7 @@ use rustls::server::ParsedCertificate;
 
 use super::error::Error;
 use super::trust::Verifier;
+use crate::common::regular_file;
 
 /// The contents of a `certs.d` directory for one registry.
 #[derive(Default)]
@@ -102,6 +103,9 @@ fn file_error(path: PathBuf, error: &io::Error) -> Error {
     }
 }
 
+/// Maximum size of a file with certificates or a key, in bytes.
+const MAX_PEM: u64 = 16 << 20;
+
 fn read_directory(dir: &Path) -> Result<Certificates, (PathBuf, io::Error)> {
     let at = |path: &Path| {
         let path = path.to_path_buf();
@@ -118,7 +122,7 @@ fn read_directory(dir: &Path) -> Result<Certificates, (PathBuf, io::Error)> {
     for file in files {
         match file.extension().and_then(OsStr::to_str) {
             Some("crt") => {
-                let pem = fs::read(&file).map_err(at(&file))?;
+                let pem = regular_file::read(&file, MAX_PEM).map_err(at(&file))?;
                 let bundle = certificates(&pem).filter(|b| !b.is_empty());
                 found
                     .authorities
@@ -126,8 +130,9 @@ fn read_directory(dir: &Path) -> Result<Certificates, (PathBuf, io::Error)> {
             }
             Some("cert") if found.identity.is_none() => {
                 let key = file.with_extension("key");
-                let chain = fs::read(&file).map_err(at(&file))?;
-                let secret = zeroize::Zeroizing::new(fs::read(&key).map_err(at(&key))?);
+                let chain = regular_file::read(&file, MAX_PEM).map_err(at(&file))?;
+                let secret = regular_file::read(&key, MAX_PEM).map_err(at(&key))?;
+                let secret = zeroize::Zeroizing::new(secret);
                 let chain = certificates(&chain).filter(|chain| !chain.is_empty());
                 let identity = chain.zip(PrivateKeyDer::from_pem_slice(&secret).ok());
                 let identity = identity.ok_or_else(|| {

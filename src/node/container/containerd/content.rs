@@ -114,6 +114,5 @@ impl Content {
 fn starts_with_brace(path: &Path) -> bool {
     use std::os::unix::fs::FileExt;
     let mut first = [0];
-    open_file(path).is_ok_and(|file| file.read_exact_at(&mut first, 0).is_ok())
-        && first == *b"{"
+    open_file(path).is_ok_and(|file| file.read_exact_at(&mut first, 0).is_ok()) && first == *b"{"
 }
