@@ -501,6 +501,8 @@ mod tests {
             "/deep 100000 d/",
             "/for 0..100000 f{} xattr.user.a={x*60000}",
             &"/for 0..100000 f{}\n".repeat(10),
+            "f random=1,99999999999999999",
+            "f zeros=18446744073709551615",
             &"/for 0..100000 f{} uname={x*600}\n",
         ] {
             let error = parse(text).expect_err(text);

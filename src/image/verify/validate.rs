@@ -16,7 +16,10 @@ use super::texts::{self, Texts};
 use super::tree::{self, Difference, Ignore};
 use super::vis;
 use crate::common::digest::{Digest, HashingWriter};
+use crate::common::regular_file;
 
+/// Maximum size of an expectation in bytes.
+const MAX_DOCUMENT: u64 = 256 << 20;
 /// File name of the expectation in a fixture's directory.
 pub(crate) const EXPECTED: &str = "expected";
 
@@ -146,10 +149,14 @@ impl Expected {
         } else {
             path.to_owned()
         };
-        let text = std::fs::read_to_string(&path).map_err(|source| ValidateError::Io {
-            path: path.clone(),
-            source,
-        })?;
+        // Read up to a limit whatever it is; a pipe is as good as a file.
+        let text = std::fs::File::open(&path)
+            .and_then(|file| regular_file::read_open(file, MAX_DOCUMENT))
+            .and_then(|bytes| String::from_utf8(bytes).map_err(std::io::Error::other))
+            .map_err(|source| ValidateError::Io {
+                path: path.clone(),
+                source,
+            })?;
         Self::parse(&text).map_err(|source| ValidateError::Expectation { path, source })
     }
 

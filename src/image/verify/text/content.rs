@@ -10,6 +10,8 @@ use crate::image::verify::vis;
 
 /// Longest name after `{TEXT*N}` is expanded, in bytes.
 const MAX_NAME: usize = crate::image::verify::archive::PATH_BYTES;
+/// Maximum length of a content that is made from a few words, in bytes: all of it is hashed.
+const MAX_GENERATED: u64 = 16 << 30;
 
 /// Content of a regular file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -137,6 +139,13 @@ pub(super) fn content(words: &mut BTreeMap<&str, &str>) -> Result<Content, Strin
         text.parse::<u64>()
             .map_err(|_| format!("{key}={text}: expected a length"))
     };
+    let generated = |key: &str, text: &str| {
+        let length = length(key, text)?;
+        if length > MAX_GENERATED {
+            return Err(format!("{key}={text}: longer than {MAX_GENERATED} bytes"));
+        }
+        Ok(length)
+    };
     let mut base = Base::Bytes(Vec::new());
     if let Some(text) = words.remove("content") {
         base = Base::Bytes(expand(text)?);
@@ -151,12 +160,12 @@ pub(super) fn content(words: &mut BTreeMap<&str, &str>) -> Result<Content, Strin
             .ok_or_else(|| format!("random={text}: expected SEED,LENGTH"))?;
         base = Base::Random {
             seed: length("random", seed)?,
-            length: length("random", size)?,
+            length: generated("random", size)?,
         };
     }
     if let Some(text) = words.remove("zeros") {
         base = Base::Zeros {
-            length: length("zeros", text)?,
+            length: generated("zeros", text)?,
         };
     }
     if let Some(text) = words.remove("hole") {
