@@ -39,6 +39,8 @@ struct Said {
     userinfo: Value,
     down: bool,
     fetched: u32,
+    /// How often a code was to be redeemed.
+    redeemed: u32,
 }
 
 #[derive(Clone)]
@@ -59,6 +61,7 @@ impl Idp {
             userinfo: json!({}),
             down: false,
             fetched: 0,
+            redeemed: 0,
         })));
         let router = Router::new()
             .route("/.well-known/openid-configuration", get(describe))
@@ -146,6 +149,7 @@ async fn token(
     let verifier = asked["code_verifier"].as_bytes();
     let challenge = URL_SAFE_NO_PAD.encode(Sha256::digest(verifier));
     idp.said(|said| {
+        said.redeemed += 1;
         // A provider that lets a code be used twice: the manager must not rely on it.
         let Some((expected, claims)) = said.codes.get(&asked["code"]) else {
             return wrong("invalid_grant");
@@ -379,6 +383,15 @@ async fn no_other_browser_and_no_second_answer_completes_a_sign_in() -> Outcomes
     // The provider would give tokens again.
     let (status, code, _) = own.refusal(&answer).await?;
     assert_eq!((status, code.as_str()), (403, "signin_expired"));
+    // Nor does it see the code again: it would revoke what it gave for it.
+    let browser = Browser::begin(at).await?;
+    let answer = browser.user_signs_in(&idp, browser.claims(&idp));
+    let redeemed = idp.said(|said| said.redeemed);
+    let both = tokio::join!(browser.complete(&answer), browser.complete(&answer));
+    let mut statuses = [both.0?.status().as_u16(), both.1?.status().as_u16()];
+    statuses.sort_unstable();
+    assert_eq!(statuses, [200, 403]);
+    assert_eq!(idp.said(|said| said.redeemed), redeemed + 1);
     // A page elsewhere completes none.
     let foreign = http()?
         .post(format!("http://{at}/api/v1/signin/oidc/answer"))
@@ -415,9 +428,12 @@ async fn a_token_is_believed_only_if_it_is_the_providers_for_this_sign_in() -> O
         ("aud", json!("another-client")),
         ("aud", json!([CLIENT, "another-client"])),
         ("exp", json!(now - 10)),
+        ("nbf", json!(now + 300)),
         ("nonce", json!("another")),
         ("nonce", Value::Null),
         ("preferred_username", json!("a\nb")),
+        ("preferred_username", json!("alice ")),
+        ("preferred_username", json!("\u{202e}alice")),
         ("preferred_username", json!("x".repeat(65))),
         ("preferred_username", json!(7)),
         ("groups", json!(vec!["x".repeat(100); 300])),
@@ -495,6 +511,7 @@ async fn a_token_is_believed_only_if_it_is_the_providers_for_this_sign_in() -> O
         message.contains("no\\u{202e}\\n<b> (access_denied)"),
         "{message}"
     );
+    let browser = Browser::begin(at).await?;
     let unknown = json!({"state": browser.query["state"], "code": "guessed"});
     let (_, code, message) = browser.refusal(&unknown).await?;
     assert_eq!(code, "signin_refused");

@@ -27,7 +27,7 @@ fn changes_of_an_image_at_the_same_time_keep_each_others() -> Outcomes {
                 shared: Some(vec!["bob".into()]),
                 ..NoteChange::default()
             };
-            let change = async |change: NoteChange| record.change_note(&key, &change).await;
+            let change = async |change: NoteChange| record.change_note(&key, &change, None).await;
             let (one, two, three) =
                 tokio::join!(change(pinned), change(description), change(shared));
             one.and(two).and(three)?;
@@ -46,8 +46,20 @@ fn changes_of_an_image_at_the_same_time_keep_each_others() -> Outcomes {
             };
             change(unpinned).await?;
             let note = record.note(&key).await?;
-            assert_eq!((note.pinned, note.description), (false, None));
+            assert_eq!((note.pinned, note.description.as_deref()), (false, None));
             assert_eq!(note.shared, ["bob"]);
+            // Of changes of the same state only one is made.
+            let change = async |text: &str| {
+                let change = NoteChange {
+                    description: Some(text.into()),
+                    ..NoteChange::default()
+                };
+                record.change_note(&key, &change, Some(&note)).await
+            };
+            let all = tokio::join!(change("a"), change("b"), change("c"), change("d"));
+            let all = [all.0?, all.1?, all.2?, all.3?];
+            let made: Vec<_> = all.into_iter().flatten().collect();
+            assert_eq!(made, [record.note(&key).await?], "{n}");
         }
         Ok(())
     })
@@ -152,7 +164,7 @@ fn one_who_shares_very_many_images_does_not_crowd_out_the_others() -> Outcomes {
                 name: "torch".into(),
                 digest: format!("sha256:{n:03}"),
             };
-            record.change_note(&key, &with).await
+            record.change_note(&key, &with, None).await
         };
         let user = NoteChange {
             shared: Some(vec!["mallory".into()]),

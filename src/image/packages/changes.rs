@@ -93,6 +93,7 @@ impl Packages {
             packages: pairs.filter_map(change).collect(),
             ..Self::default()
         };
+        found.keep_certain(before, after);
         let unread: Vec<_> = before
             .unread()
             .map(|found| (found, true))
@@ -112,6 +113,27 @@ impl Packages {
             .collect();
         found.notes(before, after);
         found
+    }
+
+    /// Drops changes that may only seem so, because what describes the packages of a tree could not be read.
+    fn keep_certain(&mut self, before: &Installed, after: &Installed) {
+        for (kind, tree, other, text) in [
+            (ChangeKind::Removed, after, before, "are still installed"),
+            (ChangeKind::Added, before, after, "were there before"),
+        ] {
+            let uncertain = tree.uncertain(other);
+            let all = self.packages.len();
+            self.packages.retain(|package| {
+                let place = (package.manager, package.location.clone());
+                let certain = |places: &BTreeSet<_>| !places.contains(&place);
+                package.change != kind || uncertain.as_ref().is_some_and(certain)
+            });
+            let dropped = (all - self.packages.len()) as u64;
+            if dropped > 0 {
+                let packages = crate::common::message::count(dropped, "package", "packages");
+                self.note(format!("it is not known whether {packages} {text}"));
+            }
+        }
     }
 
     fn notes(&mut self, before: &Installed, after: &Installed) {

@@ -23,8 +23,13 @@ enum Fact {
     Installer(String),
     /// The packages of RPM are not read.
     Rpm,
+    /// A symbolic link stands where the other tree has files that describe packages.
+    Symlink,
     Unread(String),
 }
+
+/// Why a symbolic link is not read.
+const SYMLINK: &str = "it is a symbolic link, which is not followed";
 
 /// Identifies a package in a tree.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -117,6 +122,11 @@ impl Installed {
         self.insert(path, Fact::Unread(reason.into()));
     }
 
+    /// Records that a symbolic link replaces a file that describes packages, or a directory with such files.
+    pub(crate) fn symlink(&mut self, path: &[u8]) {
+        self.insert(path, Fact::Symlink);
+    }
+
     fn insert(&mut self, path: &[u8], fact: Fact) {
         let (packages, texts) = match &fact {
             Fact::One(found) => (1, found.name.len() + found.version.len()),
@@ -126,7 +136,7 @@ impl Installed {
             }
             Fact::Installer(by) => (0, by.len()),
             Fact::Unread(reason) => (0, reason.len()),
-            Fact::Rpm => (0, 0),
+            Fact::Rpm | Fact::Symlink => (0, 0),
         };
         // Nothing is given back when an upper layer replaces a file, so that the sum bounds the work, too.
         let memory = ENTRY + path.len() + texts;
@@ -157,7 +167,7 @@ impl Installed {
     }
 
     /// Returns the paths of all known files at and below `path`.
-    pub(super) fn at_and_below(&self, path: &[u8]) -> Vec<Vec<u8>> {
+    pub(crate) fn at_and_below(&self, path: &[u8]) -> Vec<Vec<u8>> {
         let below = [path, b"/"].concat();
         let all = path.is_empty();
         let at = self.facts.contains_key(path).then(|| path.to_vec());
@@ -178,8 +188,33 @@ impl Installed {
                 let counts = file == MetadataFile::Rpm || is_installed_at(file, path).is_some();
                 counts.then_some((path.as_slice(), reason.as_str()))
             }
+            Fact::Symlink => Some((path.as_slice(), SYMLINK)),
             _ => None,
         })
+    }
+
+    /// Returns the managers and locations, as in [`Key`], of which this tree may have more packages than are known, or
+    /// `None` if that is so of all. `other` is the tree that it is compared with.
+    pub(super) fn uncertain(&self, other: &Self) -> Option<BTreeSet<(Manager, String)>> {
+        if self.left_out > 0 {
+            return None;
+        }
+        let place = |path: &[u8]| {
+            let file = super::metadata_file(path)?;
+            Some((file.manager()?, escape::path(is_installed_at(file, path)?)))
+        };
+        let mut places = BTreeSet::new();
+        for (path, fact) in &self.facts {
+            match fact {
+                Fact::Unread(_) => places.extend(place(path)),
+                Fact::Symlink => {
+                    let replaced = other.at_and_below(path);
+                    places.extend(replaced.iter().filter_map(|path| place(path)));
+                }
+                _ => {}
+            }
+        }
+        Some(places)
     }
 
     /// Returns the number of files for which there was no room.

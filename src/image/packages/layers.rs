@@ -36,8 +36,11 @@ pub fn apply(installed: &mut Installed, layer: impl Read) -> Result<(), ArchiveE
             continue;
         }
         // Whatever it replaces: a file, or a directory with everything in it.
-        hide(installed, &path, &HashSet::new());
-        if read(installed, &entry, &path, &mut archive)? {
+        let hidden = hide(installed, &path, &HashSet::new());
+        if hidden && entry.kind == EntryKind::Symlink {
+            installed.symlink(&path);
+            own.insert(path);
+        } else if read(installed, &entry, &path, &mut archive)? {
             own.insert(path);
         }
     }
@@ -76,12 +79,14 @@ fn read<R: Read>(
     Ok(true)
 }
 
-fn hide(installed: &mut Installed, path: &[u8], but: &HashSet<Vec<u8>>) {
-    for known in installed.at_and_below(path) {
-        if !but.contains(&known) {
-            installed.remove(&known);
-        }
+/// Forgets what is known at and below `path`, and returns whether that was anything.
+fn hide(installed: &mut Installed, path: &[u8], but: &HashSet<Vec<u8>>) -> bool {
+    let mut hidden = installed.at_and_below(path);
+    hidden.retain(|known| !but.contains(known));
+    for known in &hidden {
+        installed.remove(known);
     }
+    !hidden.is_empty()
 }
 
 /// Returns a name of an archive as a path without empty and dot components.

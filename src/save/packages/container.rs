@@ -105,7 +105,13 @@ fn entry(scan: &Scan, index: u32, now: &mut Installed, base: &mut Base<'_>) {
         Kind::Dir | Kind::Opaque => {}
         Kind::Whiteout => base.deleted(&scan.path(index)),
         // A link can stand where the base has a directory with packages.
-        Kind::Symlink if scan.in_base(&entry) => base.deleted(&scan.path(index)),
+        Kind::Symlink if scan.in_base(&entry) => {
+            let path = scan.path(index);
+            base.deleted(&path);
+            if !base.installed.at_and_below(&path).is_empty() {
+                now.symlink(&path);
+            }
+        }
         _ => {
             if !may_describe(scan.name(&entry)) {
                 return;
@@ -552,6 +558,56 @@ mod tests {
                 ),
             ]
         );
+        Ok(())
+    }
+
+    #[test]
+    fn packages_of_files_that_cannot_be_read_are_not_called_removed() -> Outcome {
+        let status = "Package: dpkg\nVersion: 1\n\nPackage: curl\nVersion: 8\n";
+        let of_pip = format!("lower1/{SITE}/numpy-1.dist-info/METADATA");
+        let overlay = || -> Result<Overlay, Box<dyn std::error::Error>> {
+            let it = Overlay::new()?;
+            it.write("lower1/var/lib/dpkg/status", status)?;
+            it.write(&of_pip, &metadata("numpy", "1"))?;
+            it.delete(&format!("{SITE}/numpy-1.dist-info"))?;
+            Ok(it)
+        };
+        let check = |it: &Overlay, path: &str, reason: &str| -> Outcome {
+            let found = it.packages()?;
+            // What is read, is listed.
+            assert_eq!(lines(&found), [format!("pip numpy 1 - {SITE}")], "{reason}");
+            let unread = (found.unread[0].path.as_str(), found.unread[0].reason.as_str());
+            assert_eq!(unread, (path, reason));
+            let note = "it is not known whether 2 packages are still installed";
+            assert_eq!(found.notes, [note], "{reason}");
+            Ok(())
+        };
+        let file = "var/lib/dpkg/status";
+        let it = overlay()?;
+        it.write(&format!("upper/{file}"), "Package: a\nVersion: 1\u{1b}[2J\n")?;
+        check(&it, file, "its version is not one")?;
+        let it = overlay()?;
+        std::fs::create_dir_all(it.mount.upper.join("var/lib/dpkg"))?;
+        let path = it.mount.upper.join(file);
+        mknodat(CWD, &path, FileType::Fifo, Mode::RUSR, 0)?;
+        check(&it, file, "it is no file")?;
+        std::fs::remove_file(&path)?;
+        std::os::unix::fs::symlink("/opt/status", &path)?;
+        let followed = "it is a symbolic link, which is not followed";
+        check(&it, file, followed)?;
+        // The directory is a link, which works for dpkg.
+        let it = overlay()?;
+        std::fs::create_dir_all(it.mount.upper.join("var/lib"))?;
+        std::os::unix::fs::symlink("/opt/dpkg", it.mount.upper.join("var/lib/dpkg"))?;
+        check(&it, "var/lib/dpkg", followed)?;
+        // In the base.
+        let it = Overlay::new()?;
+        it.write(&format!("lower1/{file}"), "Package: a\nVersion: 1\u{1b}[2J\n")?;
+        it.write(&format!("upper/{file}"), status)?;
+        let found = it.packages()?;
+        assert_eq!(lines(&found), [""; 0]);
+        let note = "it is not known whether 2 packages were there before";
+        assert_eq!(found.notes, [note]);
         Ok(())
     }
 

@@ -71,11 +71,16 @@ pub(super) fn check_unchanged(asked: &HeaderMap, current: &impl Serialize) -> Re
     if names(asked, header::IF_MATCH, &etag(&body), false) {
         return Ok(());
     }
-    Err(Refusal::new(
+    Err(has_changed())
+}
+
+/// Returns the refusal of a change of what has changed since the caller got it.
+pub(super) fn has_changed() -> Refusal {
+    Refusal::new(
         StatusCode::PRECONDITION_FAILED,
         "precondition_failed",
         "it has changed since this ETag; get it again",
-    ))
+    )
 }
 
 #[cfg(test)]

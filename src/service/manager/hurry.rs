@@ -29,6 +29,8 @@ pub(super) async fn hurry(
     let standing = standings(&app, std::slice::from_ref(&save)).await;
     let allowed = standing.get(&save.id).is_none_or(|known| known.can_hurry);
     if !allowed {
+        // While the queue does not answer, no node is known.
+        app.inventory.nodes(&app.queue).await?;
         return Err(Refusal::new(
             StatusCode::FORBIDDEN,
             "not_permitted",

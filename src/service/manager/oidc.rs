@@ -10,7 +10,7 @@ use axum::response::{IntoResponse as _, Response};
 
 use super::App;
 use super::api::{SignInAnswer, SignInBegun, SignedIn};
-use super::auth::{Answer, Authenticator, FLOW_S, Failed, Provider};
+use super::auth::{Answer, Authenticator, FLOW_S, Failed, Provider, digest};
 use super::extract::Body;
 use super::refusal::Refusal;
 use super::signin::{Terms, establish, set_cookie};
@@ -91,13 +91,14 @@ pub(super) async fn complete(
     let of_sign_in = app.authenticator.cookie.of_sign_in();
     let now = now_ms();
     let cookies = of_sign_in.all_of(&headers);
-    let complete = provider
-        .complete(&cookies, &asked.key, &answer, now / 1000)
-        .await?;
+    let flow = provider.flow(&cookies, &asked.key, &answer, now / 1000)?;
+    // Before the code is redeemed: a provider revokes the tokens of a code that comes twice.
     let until = now.saturating_add(2 * FLOW_S * 1000);
-    if !app.record.use_flow(&complete.flow, now, until).await? {
+    let state = digest(&answer.state);
+    if !app.record.use_flow(&state, now, until).await? {
         return Err(Failed::Stale.into());
     }
+    let complete = provider.complete(&flow, &answer).await?;
     let settings = provider.settings();
     let lifetime = i64::try_from(settings.lifetime.as_millis()).unwrap_or(i64::MAX);
     let terms = Terms {

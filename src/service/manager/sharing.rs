@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use axum::Json;
 use axum::extract::State as Extracted;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, StatusCode, header};
 
 use super::App;
 use super::api::{ImageChange, ImageView, Images};
 use super::auth::{Caller, is_group};
-use super::conditional::check_unchanged;
+use super::conditional::{check_unchanged, has_changed};
 use super::extract::{Body, Path, QueryParams};
 use super::images::{UserQuery, list_views, owner, parse_digest};
 use super::notes::annotate;
@@ -173,8 +173,11 @@ pub(super) async fn change(
             format!("these are names of groups, at most {MAX_SHARED}"),
         ));
     }
+    // Before the image, so that what changes in between does not have the ETag.
+    let before = app.record.note(&key).await?;
     let mut found = find(&app, &key).await?;
     check_unchanged(&headers, &found)?;
+    let expected = headers.contains_key(header::IF_MATCH).then_some(&before);
     let sorted = |mut names: Vec<String>| {
         names.sort();
         names.dedup();
@@ -190,8 +193,8 @@ pub(super) async fn change(
         shared,
         groups: body.shared_groups.map(sorted),
     };
-    app.record.change_note(&key, &change).await?;
-    let note = app.record.note(&key).await?;
+    let changed = app.record.change_note(&key, &change, expected).await?;
+    let note = changed.ok_or_else(has_changed)?;
     tracing::info!(
         caller = caller.name,
         image.name = key.name,

@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+use crate::common::escape;
 use crate::common::reference::{check_repository, check_tag};
 use crate::store::destination::Target;
 use crate::store::images::ImageLocation;
@@ -304,11 +305,13 @@ fn shorten(text: &str) -> String {
 /// `-`, is unchanged. In other names each byte that is not a lower-case letter or digit becomes `__` and two
 /// hexadecimal digits, after a prefix that no unescaped name has. So different users have different components.
 ///
-/// Fails with [`Refused::User`] if the name is empty, too long or contains control characters.
+/// Fails with [`Refused::User`] if the name is empty, too long, contains characters that are not shown (control
+/// characters, bidirectional controls), or begins or ends with white space, so that no two names look the same by it.
 pub fn component(user: &str) -> Result<String, Refused> {
-    if user.is_empty() || user.len() > MAX_USER || user.chars().any(char::is_control) {
+    let shown = escape::text(user) == user && user.trim() == user;
+    if user.is_empty() || user.len() > MAX_USER || !shown {
         return Err(Refused::User(format!(
-            "the name of a user has 1 to {MAX_USER} bytes and no control characters"
+            "the name of a user has 1 to {MAX_USER} bytes, no characters that are not shown, and no space at its ends"
         )));
     }
     if is_plain(user) {

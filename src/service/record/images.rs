@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use sqlx::Row as _;
+use sqlx::{AnyConnection, Row as _};
 
 use super::{Error, Record, Save, id_of, view};
 use crate::service::job::{JobId, now_ms};
@@ -74,6 +74,42 @@ pub struct NoteChange {
     pub shared: Option<Vec<String>>,
     /// All groups with whose members it is shared.
     pub groups: Option<Vec<String>>,
+}
+
+/// Returns what is said about one image.
+async fn note(connection: &mut AnyConnection, key: &ImageKey) -> Result<Note, Error> {
+    let row = sqlx::query(
+        "SELECT description, pinned FROM image_notes WHERE user_name = $1 AND name = $2 AND digest = $3",
+    )
+    .bind(&key.user)
+    .bind(&key.name)
+    .bind(&key.digest)
+    .fetch_optional(&mut *connection)
+    .await?;
+    let mut found = Note::default();
+    if let Some(row) = row {
+        let description: String = row.try_get("description")?;
+        found.description = Some(description).filter(|text| !text.is_empty());
+        found.pinned = row.try_get::<i64, _>("pinned")? != 0;
+    }
+    let with = [
+        ("image_shares", "grantee", &mut found.shared),
+        ("image_group_shares", "group_name", &mut found.groups),
+    ];
+    for (table, column, names) in with {
+        let rows = sqlx::query(&format!(
+            "SELECT {column} FROM {table} WHERE user_name = $1 AND name = $2 AND digest = $3 ORDER BY {column}"
+        ))
+        .bind(&key.user)
+        .bind(&key.name)
+        .bind(&key.digest)
+        .fetch_all(&mut *connection)
+        .await?;
+        for row in &rows {
+            names.push(row.try_get(0)?);
+        }
+    }
+    Ok(found)
 }
 
 /// Returns `$from, …` with `count` placeholders.
@@ -249,33 +285,20 @@ impl Record {
         Ok(())
     }
 
-    /// Returns what users say about the images of `user`, or of all users.
-    pub async fn notes(&self, user: Option<&str>) -> Result<BTreeMap<ImageKey, Note>, Error> {
-        self.notes_about(user.unwrap_or_default(), "", "").await
-    }
-
     /// Returns what is said about one image.
     pub async fn note(&self, key: &ImageKey) -> Result<Note, Error> {
-        let mut all = self.notes_about(&key.user, &key.name, &key.digest).await?;
-        Ok(all.remove(key).unwrap_or_default())
+        let mut connection = self.pool.acquire().await?;
+        note(&mut connection, key).await
     }
 
-    /// Returns what is said about the images with this user, name and digest; an empty text stands for all.
-    async fn notes_about(
-        &self,
-        user: &str,
-        name: &str,
-        digest: &str,
-    ) -> Result<BTreeMap<ImageKey, Note>, Error> {
+    /// Returns what users say about the images of `user`, or of all users.
+    pub async fn notes(&self, user: Option<&str>) -> Result<BTreeMap<ImageKey, Note>, Error> {
         let read = async |columns: &str| {
             let text = format!(
-                "SELECT user_name, name, digest, {columns} WHERE ($1 = '' OR user_name = $1)
-                 AND ($2 = '' OR name = $2) AND ($3 = '' OR digest = $3) ORDER BY 4 LIMIT $4"
+                "SELECT user_name, name, digest, {columns} WHERE ($1 = '' OR user_name = $1) ORDER BY 4 LIMIT $2"
             );
             sqlx::query(&text)
-                .bind(user)
-                .bind(name)
-                .bind(digest)
+                .bind(user.unwrap_or_default())
                 .bind(MAX_NOTES)
                 .fetch_all(&self.pool)
                 .await
@@ -315,7 +338,13 @@ impl Record {
     }
 
     /// Changes what is said about an image: only what `change` has, so that changes at the same time keep each other's.
-    pub async fn change_note(&self, key: &ImageKey, change: &NoteChange) -> Result<(), Error> {
+    /// Returns what is said then. With `expected`, changes nothing and returns `None` if it is not what is said before.
+    pub async fn change_note(
+        &self,
+        key: &ImageKey,
+        change: &NoteChange,
+        expected: Option<&Note>,
+    ) -> Result<Option<Note>, Error> {
         let mut work = self.begin().await?;
         // Also takes the lock of the row, so that two changes follow each other.
         sqlx::query(
@@ -329,6 +358,12 @@ impl Record {
         .bind(now_ms())
         .execute(&mut *work)
         .await?;
+        if let Some(expected) = expected
+            && note(&mut work, key).await? != *expected
+        {
+            work.rollback().await?;
+            return Ok(None);
+        }
         let of = "WHERE user_name = $1 AND name = $2 AND digest = $3";
         if let Some(description) = &change.description {
             sqlx::query(&format!("UPDATE image_notes SET description = $4 {of}"))
@@ -375,8 +410,9 @@ impl Record {
                     .await?;
             }
         }
+        let changed = note(&mut work, key).await?;
         work.commit().await?;
-        Ok(())
+        Ok(Some(changed))
     }
 
     /// Forgets what is said about an image that is deleted.

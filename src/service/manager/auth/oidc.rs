@@ -33,6 +33,7 @@ use zeroize::Zeroizing;
 use super::claims::{Claimed, Identity};
 use super::{AuthError, Claims, MAX_TOKEN, Rejected, http, secret};
 use crate::common::escape;
+use crate::service::job::now_ms;
 
 /// Time in seconds within which a sign-in has to be completed.
 pub(in super::super) const FLOW_S: i64 = 600;
@@ -110,8 +111,6 @@ pub(in super::super) struct Answer {
 /// A completed sign-in.
 pub(in super::super) struct Complete {
     pub(super) identity: Identity,
-    /// Digest that identifies this sign-in, so that it is used once.
-    pub(in super::super) flow: String,
     /// The ID token, for signing out at the provider; empty if it is too large for that.
     pub(in super::super) hint: String,
 }
@@ -325,14 +324,15 @@ impl Provider {
         })
     }
 
-    /// Completes a sign-in. `cookies` are those of the request that can be of a sign-in, `key` is the page's.
-    pub(in super::super) async fn complete(
+    /// Returns the sign-in that `answer` is for. `cookies` are those of the request that can be of a sign-in, `key` is the
+    /// page's.
+    pub(in super::super) fn flow(
         &self,
         cookies: &[&str],
         key: &str,
         answer: &Answer,
         now_s: i64,
-    ) -> Result<Complete, Failed> {
+    ) -> Result<Flow, Failed> {
         let flow = cookies
             .iter()
             .map(|cookie| Flow {
@@ -341,13 +341,18 @@ impl Provider {
             })
             .find(|flow| flow.is_current(now_s) && flow.fits(&answer.state))
             .ok_or(Failed::Stale)?;
-        if answer
-            .iss
-            .as_ref()
-            .is_some_and(|iss| *iss != self.settings.issuer)
-        {
+        if (answer.iss.as_ref()).is_some_and(|iss| *iss != self.settings.issuer) {
             return Err(Failed::Invalid("it comes from another issuer"));
         }
+        Ok(flow)
+    }
+
+    /// Completes a sign-in. The caller has made sure that this is the first answer of the flow.
+    pub(in super::super) async fn complete(
+        &self,
+        flow: &Flow,
+        answer: &Answer,
+    ) -> Result<Complete, Failed> {
         if let Some(error) = &answer.error {
             return Err(Failed::Refused(told(
                 error,
@@ -362,7 +367,7 @@ impl Provider {
             return Err(Failed::Unavailable);
         };
         let known = self.ready().await?;
-        let tokens = exchange(&known, code, &flow).await?;
+        let tokens = exchange(&known, code, flow).await?;
         let token = tokens
             .id_token()
             .ok_or(Failed::Invalid("it has no ID token"))?;
@@ -374,6 +379,10 @@ impl Provider {
             .verify(token, &Nonce::new(flow.derive("nonce")))
             .await?;
         let mut claims = payload(&text).ok_or(Failed::Invalid("its ID token cannot be read"))?;
+        let not_before = claims.get("nbf").and_then(serde_json::Value::as_f64);
+        if not_before.is_some_and(|at| at > (now_ms() / 1000 + LEEWAY_S) as f64) {
+            return Err(Failed::Invalid("its ID token is not valid yet"));
+        }
         if self.settings.claims.lack(&claims) && known.metadata.userinfo_endpoint().is_some() {
             let more = userinfo(&known, &tokens, subject).await?;
             for (name, value) in more {
@@ -388,7 +397,6 @@ impl Provider {
         })?;
         Ok(Complete {
             identity,
-            flow: super::digest(&answer.state),
             hint: if text.len() <= MAX_HINT {
                 text
             } else {
@@ -537,7 +545,7 @@ fn payload(token: &str) -> Option<Claimed> {
 }
 
 /// The secrets of a sign-in in progress.
-struct Flow {
+pub(in super::super) struct Flow {
     cookie: Zeroizing<String>,
     key: Zeroizing<String>,
 }
