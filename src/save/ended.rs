@@ -95,7 +95,7 @@ async fn read(
     let changes = under.and_then(|known| trees::changes(known, &scans));
     let on_top = changes.is_some();
     let plans = trees::plans(changes.unwrap_or_else(|| scans.clone()), options.timestamp);
-    let plans = in_flight_writes::prepare_ended(plans);
+    let plans = in_flight_writes::prepare_ended(context, plans);
     let plans = trees::split_plans(plans, options.layer_size);
     let mut made = Vec::new();
     if !plans.is_empty() {

@@ -60,12 +60,12 @@ pub(super) fn prepare_running(
 }
 
 /// Prepares plans of a container without processes.
-pub(super) fn prepare_ended(plans: Vec<Plan>) -> Vec<Plan> {
+pub(super) fn prepare_ended(context: &Context, plans: Vec<Plan>) -> Vec<Plan> {
     let nothing = WriteModes {
         direct: false,
         asynchronous: false,
     };
-    prepare_frozen(plans, &[], nothing, None)
+    prepare_frozen(context, plans, &[], nothing, None)
 }
 
 /// Prepares plans that are read while the container is frozen, for at most `bound`. Synchronous direct writes have
