@@ -9,6 +9,8 @@ mod database;
 mod ended;
 #[path = "container_state/mapped.rs"]
 mod mapped;
+#[path = "container_state/sidecars.rs"]
+mod sidecars;
 
 #[allow(dead_code, reason = "each test program uses its part")]
 #[path = "support/mod.rs"]
@@ -675,27 +677,7 @@ fn a_pod_with_several_containers_needs_the_containers_name() -> Outcome {
     let Some(node) = crio_node() else {
         return Ok(());
     };
-    let list_file = format!("{CRIO}/overlay-containers/volatile-containers.json");
-    let second = CRIO_ID.replace("61a37d", "61a37e");
-    let mut containers: Vec<serde_json::Value> =
-        serde_json::from_slice(&fs::read(node.path(&list_file))?)?;
-    let mut copy = containers[1].clone();
-    copy["id"] = second.clone().into();
-    copy["names"] = serde_json::json!(["k8s_sidecar"]);
-    let metadata = copy["metadata"].as_str().ok_or("metadata")?;
-    copy["metadata"] = metadata
-        .replace(
-            r#""metadata-name":"notebook""#,
-            r#""metadata-name":"sidecar""#,
-        )
-        .into();
-    containers.push(copy);
-    node.write(&list_file, serde_json::to_vec(&containers)?)?;
-    let userdata = |id: &str| format!("run/crio-1.36/overlay-containers/{id}/userdata");
-    copy_tree(
-        &node.path(&userdata(CRIO_ID)),
-        &node.path(&userdata(&second)),
-    )?;
+    let second = sidecars::second_container(&node, "sidecar")?;
 
     let error = find(&node.roots, "hub/notebook-alice").unwrap_err();
     assert!(

@@ -6,6 +6,7 @@ pub mod digest;
 pub mod escape;
 pub mod failure;
 pub mod message;
+pub mod pod;
 pub(crate) mod private_files;
 pub mod reference;
 pub(crate) mod regular_file;

@@ -6,6 +6,8 @@
 
 use std::path::Path;
 
+use crate::common::pod;
+
 use super::bundle::{self, Bundle};
 use super::ended::{self, EndedRecord};
 use super::error::{Error, Problem};
@@ -159,7 +161,8 @@ enum Reach {
 }
 
 /// Finds the running container that `name` refers to: a full ID, a unique prefix of one (at least 3 characters), a name,
-/// `NAMESPACE/POD[/CONTAINER]`, or `pid:N` for a process (if that runs in a container, the container).
+/// `NAMESPACE/POD[/CONTAINER]`, or `pid:N` for a process (if that runs in a container, the container). A pod without a
+/// container stands for its default container, or the only one ([`pod::meant`]).
 ///
 /// For a process that no runtime knows, its own mount table is trusted, which in a user namespace is under its owner's
 /// control. Therefore `pid:N` is for administrators only, and a service must not accept it from its users.
@@ -219,9 +222,18 @@ fn find_within(roots: &Roots, name: &str, reach: Reach) -> Result<Container, Err
         } else if rank == BY_NAME && !running.is_empty() {
             others.clear();
         }
+        if matches!(
+            wanted,
+            Query::Pod {
+                container: None,
+                ..
+            }
+        ) {
+            running = meant(running)?;
+        }
         // An earlier run of a pod's container.
         others.retain(|other| {
-            let is_same = |draft: &RecordedContainer| draft.pod.is_some() && draft.pod == other.pod;
+            let is_same = |draft: &RecordedContainer| is_same_pod(draft.pod.as_ref(), other.pod.as_ref());
             !running.iter().any(|(draft, _)| is_same(draft))
         });
         match (running.as_slice(), others.as_slice()) {
@@ -271,18 +283,61 @@ fn attempts<'r>(
     let mut newest_first = ended.to_vec();
     newest_first.sort_by_key(|record| std::cmp::Reverse(record.attempt));
     let mut meant: Vec<&EndedRecord> = Vec::new();
-    let mut skipped: Vec<&Option<Pod>> = Vec::new();
+    let mut skipped: Vec<&EndedRecord> = Vec::new();
     for record in newest_first {
         let is_current = previous
-            && !skipped.contains(&&record.pod)
-            && !running.iter().any(|(draft, _)| draft.pod == record.pod);
+            && !skipped.iter().any(|other| is_same_pod(other.pod.as_ref(), record.pod.as_ref()))
+            && !running.iter().any(|(draft, _)| is_same_pod(draft.pod.as_ref(), record.pod.as_ref()));
         if is_current {
-            skipped.push(&record.pod);
-        } else if !meant.iter().any(|other| other.pod == record.pod) {
+            skipped.push(record);
+        } else if !meant.iter().any(|other| is_same_pod(other.pod.as_ref(), record.pod.as_ref())) {
             meant.push(record);
         }
     }
     meant
+}
+
+/// Returns whether both are runs of the same container of a pod.
+fn is_same_pod(one: Option<&Pod>, other: Option<&Pod>) -> bool {
+    match (one, other) {
+        (Some(one), Some(other)) => one.is_same(other),
+        _ => false,
+    }
+}
+
+/// A running container and its first process.
+type RunningDraft<'d> = (&'d RecordedContainer, Process);
+
+/// Reduces the running containers of a pod that was named without a container to the one that is meant, if that is
+/// known. Fails with [`Error::Stopped`] if it is known and does not run.
+fn meant(mut running: Vec<RunningDraft<'_>>) -> Result<Vec<RunningDraft<'_>>, Error> {
+    let Some((first, _)) = running.first() else {
+        return Ok(running);
+    };
+    // A pod that is being replaced by another of the same name.
+    let uid = |draft: &RecordedContainer| draft.pod.as_ref().and_then(|pod| pod.uid.clone());
+    if running.iter().any(|(draft, _)| uid(draft) != uid(first)) {
+        return Ok(running);
+    }
+    let names: Vec<&str> = running.iter().map(|(draft, _)| container_name(draft)).collect();
+    let default = first.pod.as_ref().and_then(Pod::default_container).map(String::as_str);
+    if let Some(at) = pod::meant(&names, default) {
+        return Ok(vec![running.swap_remove(at)]);
+    }
+    match default {
+        Some(default) if !names.contains(&default) => Err(Error::Stopped {
+            detail: format!(
+                "the default container of this pod, {default:?} ({}), does not run; name another one: {}",
+                pod::DEFAULT_CONTAINER,
+                names.join(", ")
+            ),
+        }),
+        _ => Ok(running),
+    }
+}
+
+fn container_name(draft: &RecordedContainer) -> &str {
+    draft.pod.as_ref().map_or("", |pod| &pod.container)
 }
 
 /// Checks that `container` has not changed: the same process with the same root file system, the same entry in the

@@ -89,6 +89,19 @@ pub struct Pod {
     pub annotations: BTreeMap<String, String>,
 }
 
+impl Pod {
+    /// Returns the name of the pod's default container, according to the annotation of the pod that the runtime recorded.
+    pub fn default_container(&self) -> Option<&String> {
+        self.annotations.get(crate::common::pod::DEFAULT_CONTAINER)
+    }
+
+    /// Returns whether this is the same container of the same pod, whatever is known of its labels.
+    fn is_same(&self, other: &Self) -> bool {
+        (&self.namespace, &self.name, &self.container, &self.uid)
+            == (&other.namespace, &other.name, &other.container, &other.uid)
+    }
+}
+
 /// A mount in the container other than its root. Nothing at or below `destination` belongs to the image.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct MountPoint {

@@ -214,11 +214,7 @@ fn draft(
             format!("container ID {:?}", container.id),
         ));
     }
-    let userdata = |root: &Path| {
-        root.join("overlay-containers")
-            .join(&container.id)
-            .join("userdata")
-    };
+    let userdata = |root: &Path| userdata_of(root, &container.id);
     let pid = match pid_file(&roots.path(&userdata(&storage.runroot).join("pidfile"))) {
         Ok(pid) => pid,
         // Never started, already ended, or created by Buildah.
@@ -249,11 +245,8 @@ fn draft(
     if let Some(pod) = &mut pod
         && is_id(&own.pod_id)
     {
-        let directories = [&storage.runroot, &storage.root].map(|root| {
-            root.join("overlay-containers")
-                .join(&own.pod_id)
-                .join("userdata")
-        });
+        let directories =
+            [&storage.runroot, &storage.root].map(|root| userdata_of(root, &own.pod_id));
         crio_pod::add_texts(pod, &directories.map(|directory| roots.path(&directory)));
     }
     let chain = chain(layers, &container.layer);
@@ -286,6 +279,11 @@ fn draft(
             .and_then(|(bundle, directory)| bundle.root_path(directory)),
         bundle: bundle.map(|(bundle, _)| bundle),
     }))
+}
+
+/// Returns the directory of a container's own files.
+fn userdata_of(root: &Path, id: &str) -> PathBuf {
+    root.join("overlay-containers").join(id).join("userdata")
 }
 
 /// Returns the pod that CRI-O recorded for a container.

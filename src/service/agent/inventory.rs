@@ -188,6 +188,7 @@ fn session(options: &Options, container: &Container) -> Session {
             .map(|pod| &pod.container)
             .or_else(|| container.names.first())
             .map(name),
+        default_container: container.pod.as_ref().and_then(|pod| pod.default_container()).map(name),
         runtime: container.runtime.name().to_owned(),
         kind: kind::kind(container),
         category: kind::category(container),

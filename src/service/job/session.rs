@@ -45,6 +45,9 @@ pub struct Session {
     pub pod: Option<String>,
     /// Name of the container in its pod, or its own name.
     pub container: Option<String>,
+    /// Name of the default container of its pod, if the pod has one by annotation.
+    #[serde(default)]
+    pub default_container: Option<String>,
     /// Runtime: `containerd`, `crio`, `podman`, `docker`, `process`.
     pub runtime: String,
     /// Kind of application.

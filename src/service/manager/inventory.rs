@@ -19,6 +19,7 @@ use super::extract::QueryParams;
 use super::paging::{Listed, MAX_LIMIT, PageQuery, cut, limit};
 use super::refusal::Refusal;
 use super::time::{rfc3339, stamp};
+use crate::common::pod;
 use crate::service::job::{JobId, Node, Session, now_ms};
 use crate::service::queue::{self, HEARTBEAT_LOST, Queue};
 
@@ -271,7 +272,12 @@ pub(super) fn find_within<'a>(
                     && s.pod.as_ref() == Some(pod)
                     && (container.is_none() || s.container == *container)
             };
-            sessions.iter().filter(mine).filter(is).collect()
+            let found: Vec<&Session> = sessions.iter().filter(mine).filter(is).collect();
+            if container.is_none() {
+                meant(found)?
+            } else {
+                found
+            }
         }
     };
     match found.as_slice() {
@@ -286,6 +292,31 @@ pub(super) fn find_within<'a>(
                 format!("it means several: {}", names.join(", ")),
             ))
         }
+    }
+}
+
+/// Reduces the sessions of a pod that was named without a container to the one that is meant, if that is known.
+fn meant(found: Vec<&Session>) -> Result<Vec<&Session>, Refusal> {
+    let Some(default) = found.first().map(|session| session.default_container.as_deref()) else {
+        return Ok(found);
+    };
+    let names: Vec<&str> = (found.iter())
+        .map(|session| session.container.as_deref().unwrap_or_default())
+        .collect();
+    if let Some(at) = pod::meant(&names, default) {
+        return Ok(vec![found[at]]);
+    }
+    match default {
+        Some(default) if !names.contains(&default) => Err(Refusal::invalid(
+            "session",
+            format!(
+                "the default container of this pod, {default:?} ({}), is not among the running ones that you may save; name \
+                 another one: {}",
+                pod::DEFAULT_CONTAINER,
+                names.join(", ")
+            ),
+        )),
+        _ => Ok(found),
     }
 }
 
@@ -568,5 +599,33 @@ mod tests {
         let admin = caller(None, true);
         assert!(find_within(&all, &admin, &Reach::Owned, &id(&"ad".repeat(32))).is_ok());
         assert!(find_within(&all, &admin, &Reach::Owned, &pod).is_err());
+    }
+
+    #[test]
+    fn of_a_pod_the_default_container_is_meant_or_the_only_one_beside_a_proxy() {
+        let of = |id: &str, container: &str, default: Option<&str>| Session {
+            namespace: Some("ns".into()),
+            pod: Some("pod".into()),
+            container: Some(container.into()),
+            default_container: default.map(str::to_owned),
+            ..session(id, Some("alice"), None)
+        };
+        let which = Which::Pod {
+            namespace: "ns".into(),
+            pod: "pod".into(),
+            container: None,
+        };
+        let alice = caller(Some("alice"), false);
+        let found = |all: &[Session]| {
+            find(all, &alice, &which).map(|session| session.container.clone().unwrap_or_default())
+        };
+        let default = |name| [of("ab", "main", name), of("ac", "log", name)];
+        assert_eq!(found(&default(Some("log"))).ok().as_deref(), Some("log"));
+        assert!(found(&default(None)).is_err());
+        // The default does not run.
+        assert!(found(&default(Some("other"))).is_err());
+        assert!(found(&default(Some("log"))[..1]).is_err());
+        let beside = [of("ab", "istio-proxy", None), of("ac", "notebook", None)];
+        assert_eq!(found(&beside).ok().as_deref(), Some("notebook"));
     }
 }

@@ -209,6 +209,7 @@ fn truncated_session(session: &Session) -> Cow<'_, Session> {
         namespace: short(&session.namespace),
         pod: short(&session.pod),
         container: short(&session.container),
+        default_container: short(&session.default_container),
         runtime: session.runtime.clone(),
         image: short(&session.image),
         unsaved: Vec::new(),
