@@ -20,6 +20,11 @@ use crate::node::procfs::{self, MountInfo};
 
 /// File that the EROFS snapshotter keeps beside the directory that it is mounted on.
 const IMAGE: &str = "layer.erofs";
+/// Directory in containerd's state in which its mount manager mounts the images of layers, each on a directory that is
+/// empty without the mount.
+const MOUNT_MANAGER: &str = "io.containerd.mount-manager.v1.bolt";
+
+const UPPER: &str = "upper";
 
 /// The mounts that this program sees, by mount ID.
 #[derive(Debug)]
@@ -49,6 +54,25 @@ pub(super) fn is_mount(path: &Path) -> Result<bool, Error> {
     Ok(own.of(path)?.is_some_and(|mount| mount.mount_point == path))
 }
 
+/// Returns the numbers of the snapshots whose images are mounted on `lowers`, or `None` if a lower is something else.
+/// The kernel reports the file of an EROFS image as the source of its mount.
+pub(super) fn image_snapshots(lowers: &[PathBuf]) -> Result<Option<Vec<u64>>, Error> {
+    let own = OwnMounts::read()?;
+    let number = |lower: &PathBuf| -> Result<Option<u64>, Error> {
+        let mount = own.of(lower)?;
+        let mount = mount.filter(|mount| mount.mount_point == *lower && mount.fs_type == "erofs");
+        Ok(mount.and_then(|mount| image_snapshot(Path::new(&mount.source))))
+    };
+    lowers.iter().map(number).collect()
+}
+
+/// Returns the number of a snapshot from the path of its image: `…/snapshots/N/layer.erofs`.
+fn image_snapshot(image: &Path) -> Option<u64> {
+    let directory = image.parent().filter(|_| image.ends_with(IMAGE))?;
+    directory.parent()?.ends_with("snapshots").then_some(())?;
+    directory.file_name()?.to_str()?.parse().ok()
+}
+
 /// Compares the directories of an overlay with the table of the mount namespace in which it was mounted.
 pub(super) struct LayerCheck<'a> {
     pub(super) roots: &'a Roots,
@@ -60,7 +84,7 @@ pub(super) struct LayerCheck<'a> {
 impl LayerCheck<'_> {
     /// Fails with [`Error::LayerUnproven`] if a directory is not the one that was mounted.
     pub(super) fn prove(&self, overlay: &OverlayMount) -> Result<(), Error> {
-        self.directory("upper", &overlay.upper)?;
+        self.directory(UPPER, &overlay.upper)?;
         for (role, lowers) in [
             ("lower", &overlay.lowers),
             ("data-only lower", &overlay.data_only),
@@ -110,6 +134,12 @@ impl LayerCheck<'_> {
                 image.display()
             )));
         }
+        let managed = path.components().any(|part| part.as_os_str() == MOUNT_MANAGER);
+        if managed && role != UPPER && ours.mount_point != path {
+            return Err(unproven(
+                "containerd's mount manager mounts an image there, and nothing is mounted".to_owned(),
+            ));
+        }
         Ok(())
     }
 
@@ -135,4 +165,25 @@ fn shown(mount: &MountInfo) -> String {
         mount.device.0,
         mount.device.1
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_image_of_a_snapshot_is_told_by_its_path() {
+        let root = "/c/io.containerd.snapshotter.v1.erofs/snapshots";
+        for (path, expected) in [
+            (format!("{root}/12/layer.erofs"), Some(12)),
+            (format!("{root}/x/layer.erofs"), None),
+            (format!("{root}/12/fsmeta.erofs"), None),
+            ("/c/other/12/layer.erofs".to_owned(), None),
+            ("/dev/loop0".to_owned(), None),
+            ("layer.erofs".to_owned(), None),
+            (String::new(), None),
+        ] {
+            assert_eq!(image_snapshot(Path::new(&path)), expected, "{path}");
+        }
+    }
 }

@@ -170,11 +170,19 @@ pub(super) fn mounted_stack(
     let upper = &container.overlay.upper;
     // The snapshotter's directory, or for a proxy snapshotter the one that contains the upper directory.
     let inside = roots.path(&snapshots_of(containerd, &record.snapshotter));
+    let built_in = inside.with_file_name("metadata.db").exists();
     let snapshots = match upper.parent().and_then(Path::parent) {
-        Some(outside) if !upper.starts_with(&inside) => outside.to_path_buf(),
+        Some(outside) if !built_in && !upper.starts_with(&inside) => outside.to_path_buf(),
         _ => inside,
     };
     let metadata = snapshots.with_file_name("metadata.db");
+    if !metadata.exists() {
+        return Ok(Err(format!(
+            "{} is not there: snapshotter {:?} keeps its records elsewhere",
+            metadata.display(),
+            record.snapshotter
+        )));
+    }
     let chain = bolt::read(&metadata, |db| chain(db, &metadata, key))?;
     let Some((own, parents)) = chain.split_first() else {
         return Ok(Err(format!(
@@ -183,7 +191,9 @@ pub(super) fn mounted_stack(
         )));
     };
     let directory = |snap: &SnapshotId| snapshots.join(snap.id.to_string()).join("fs");
-    if directory(own) != *upper {
+    // The upper directory can be in an image, which is mounted elsewhere: EROFS with a size for the writable layer.
+    let in_image = built_in && !upper.starts_with(&snapshots) && mounts_images(record);
+    if directory(own) != *upper && !in_image {
         return Ok(Err(format!(
             "mounted upper {}, snapshot {key:?} is {}",
             upper.display(),
@@ -192,9 +202,17 @@ pub(super) fn mounted_stack(
     }
     let expected: Vec<PathBuf> = parents.iter().map(directory).collect();
     let as_directories = expected == container.overlay.lowers;
-    // Snapshotters that mount images have other lower directories, but their snapshots are still the layers.
-    let may_be_images = !matches!(record.snapshotter.as_str(), "" | "overlayfs" | "native");
-    if !as_directories && !may_be_images {
+    let numbers: Vec<u64> = parents.iter().map(|snap| snap.id).collect();
+    if !as_directories
+        && mounts_images(record)
+        && let Some(mounted) = layer_check::image_snapshots(&container.overlay.lowers)?
+        && mounted != numbers
+    {
+        return Ok(Err(format!(
+            "mounted on the images of snapshots {mounted:?}; the parents of snapshot {key:?} are {numbers:?}"
+        )));
+    }
+    if !as_directories && !mounts_images(record) {
         let show = |paths: &[PathBuf]| {
             paths
                 .iter()
@@ -250,6 +268,12 @@ pub(super) fn mounted_stack(
         record.snapshotter
     );
     Ok(Ok(MountedLayers { layers, proof }))
+}
+
+/// Returns whether a snapshotter may mount images: then the lower directories are others than those of the snapshots,
+/// which are the layers nevertheless.
+fn mounts_images(record: &Record) -> bool {
+    !matches!(record.snapshotter.as_str(), "" | "overlayfs" | "native")
 }
 
 /// Returns whether `name` is a remapped copy of `below`: `sha256:X-1000-1000` for `sha256:X`.
