@@ -15,6 +15,8 @@ mod sidecars;
 #[allow(dead_code, reason = "each test program uses its part")]
 #[path = "support/mod.rs"]
 mod support;
+#[path = "container_state/variations.rs"]
+mod variations;
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};

@@ -22,8 +22,15 @@ use crate::node::procfs::{self, MountInfo, memberships};
 
 mod floor;
 mod memory;
+#[cfg_attr(
+    not(feature = "service"),
+    allow(dead_code, reason = "only the service reports the limit")
+)]
+mod quota;
 
 pub(crate) use memory::MemoryLimit;
+#[cfg(feature = "service")]
+pub(crate) use quota::{CpuLimit, cpu_limit};
 
 /// Cgroup of background processes. It is never removed; an empty one costs nothing.
 const IDLE_CGROUP: &str = "upperdeck-idle";
@@ -44,14 +51,26 @@ pub(crate) struct Background(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    /// Pairs of `cgroup.procs` files: of an idle group, and of the group that the process came from.
-    groups: Vec<(PathBuf, PathBuf)>,
+    /// The groups of each hierarchy.
+    groups: Vec<Groups>,
     /// The nice value before.
     initial_nice: i32,
     /// Memory limit, which is kept outside the background, too, and where the node's file systems are.
     memory: Option<(MemoryLimit, Option<PathBuf>)>,
     /// Whether the process has left the background for good. Locked while the process moves.
     left: Mutex<bool>,
+}
+
+/// `cgroup.procs` files of one hierarchy.
+#[derive(Debug)]
+struct Groups {
+    /// Of an idle group.
+    idle: PathBuf,
+    /// Of the group that the process came from.
+    own: PathBuf,
+    /// Of the group for work that another program waits for: the process's own, or if that has a limit on processor
+    /// time, one without.
+    urgent: PathBuf,
 }
 
 /// What a process's background priority is based on, the best first.
@@ -91,12 +110,17 @@ impl Background {
                     shared = Some(place.idle.clone());
                 }
                 let procs = |dir: &Path| dir.join("cgroup.procs");
+                let urgent = place.without_limit().unwrap_or_else(|| place.own.clone());
                 let idle = if place.unified {
                     bounded.clone().unwrap_or_else(|| unbounded(&place.idle))
                 } else {
                     place.idle
                 };
-                groups.push((procs(&idle), procs(&place.own)));
+                groups.push(Groups {
+                    idle: procs(&idle),
+                    own: procs(&place.own),
+                    urgent: procs(&urgent),
+                });
             }
         }
         let initial_nice = rustix::process::getpriority_process(None).unwrap_or(0);
@@ -123,11 +147,12 @@ impl Background {
         bound.apply(host_root, false);
     }
 
-    /// Returns to the usual share of everything, for work that another program waits for.
+    /// Returns to the usual share of everything, for work that another program waits for. A limit on processor time, as
+    /// of a pod, does not apply to it where the process can leave the limited cgroup.
     pub(crate) fn normal_priority(&self) -> NormalPriority {
         let left = self.left();
         if !*left {
-            self.raise_priority();
+            self.raise_priority(|groups| &groups.urgent);
         }
         drop(left);
         NormalPriority(self.clone())
@@ -139,7 +164,7 @@ impl Background {
         if std::mem::replace(&mut *left, true) {
             return;
         }
-        self.raise_priority();
+        self.raise_priority(|groups| &groups.own);
         if let Some((bound, host_root)) = &self.0.memory {
             bound.apply(host_root.as_deref(), false);
         }
@@ -150,9 +175,9 @@ impl Background {
         self.0.left.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn raise_priority(&self) {
-        for (_, usual) in &self.0.groups {
-            join(usual);
+    fn raise_priority(&self, group: impl Fn(&Groups) -> &PathBuf) {
+        for groups in &self.0.groups {
+            join(group(groups));
         }
         set_nice(self.0.initial_nice);
     }
@@ -171,8 +196,8 @@ impl Background {
     }
 
     fn lower_priority(&self) {
-        for (idle, _) in &self.0.groups {
-            join(idle);
+        for groups in &self.0.groups {
+            join(&groups.idle);
         }
         set_nice(MAX_NICE);
     }
@@ -213,6 +238,15 @@ struct IdleCgroup {
     own: PathBuf,
     cpu: bool,
     unified: bool,
+}
+
+impl IdleCgroup {
+    /// Returns a group that is not limited, if this process's own or one above it is.
+    fn without_limit(&self) -> Option<PathBuf> {
+        let top = self.idle.parent().filter(|_| self.cpu)?;
+        quota::lowest(&self.own, top)?;
+        quota::freezing_cgroup(top)
+    }
 }
 
 /// A hierarchy that this process belongs to.

@@ -18,11 +18,21 @@ use crate::support::{Need, ignored};
 
 /// Returns `command` in its own mount namespace, after a script whose first argument is `argument`.
 fn apart(command_line: &Command, script: &str, argument: &Path) -> Command {
+    apart_in(&[], command_line, script, argument)
+}
+
+/// Like [`apart`], in more namespaces of its own, each an option of `unshare`.
+fn apart_in(
+    namespaces: &[&str],
+    command_line: &Command,
+    script: &str,
+    argument: &Path,
+) -> Command {
     let script = format!("set -e; at=$1; shift; {script}; exec \"$@\"");
-    let unshare = ["--mount", "--propagation", "private", "bash", "-c", &script];
-    let mut apart = command("unshare", unshare);
+    let mut apart = command("unshare", ["--mount", "--propagation", "private"]);
     apart
-        .arg("apart")
+        .args(namespaces)
+        .args(["bash", "-c", &script, "apart"])
         .arg(argument)
         .arg(command_line.get_program())
         .args(command_line.get_args());
@@ -114,6 +124,13 @@ fn lowers_that_are_mounts_are_read_where_they_are_mounted_only() -> Result<()> {
         &host,
     ))?;
 
+    // As in a pod without `hostPID`: the numbers of processes are others, and cgroups list none of the container's.
+    let private = scratch.path().join("private");
+    let namespaces = ["--pid", "--fork", "--cgroup"];
+    let live = through(&private);
+    let said = output(&mut apart_in(&namespaces, &live, "mount --rbind / \"$at\"", &host))?;
+    ensure!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+
     let here = scratch.path().join("here");
     save(
         &scratch,
@@ -122,7 +139,7 @@ fn lowers_that_are_mounts_are_read_where_they_are_mounted_only() -> Result<()> {
         &format!("oci:{}:saved", here.display()),
         &based,
     )?;
-    for layout in [by_host, here] {
+    for layout in [by_host, private, here] {
         let rootfs = unpack_layout(&layout, "saved")?;
         let mut compare = process.enter(false);
         compare.args(["python3", TREE]);

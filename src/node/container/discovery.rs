@@ -117,8 +117,9 @@ fn ended_records(roots: &Roots, drafts: &[RecordedContainer]) -> Vec<EndedRecord
     let mut records = ended::records(roots);
     for draft in drafts {
         let lives = |draft: &RecordedContainer| {
-            // A container whose process cannot be read is not known to have ended.
-            !matches!(first_process(roots, draft, process::LIST_LIMITS), Ok(None))
+            // A container whose process cannot be read, or is in another PID namespace, is not known to have ended.
+            !process::shows_initial_namespace(roots)
+                || !matches!(first_process(roots, draft, process::LIST_LIMITS), Ok(None))
         };
         let of_draft = |record: &EndedRecord| {
             record.id == draft.id
@@ -200,6 +201,15 @@ fn find_within(roots: &Roots, name: &str, reach: Reach) -> Result<Container, Err
         {
             if let Some(process) = first_process(roots, draft, process::SAVE_LIMITS)? {
                 running.push((draft, process));
+            } else if !process::shows_initial_namespace(roots) {
+                return Err(Error::Stopped {
+                    detail: format!(
+                        "process {} of {} is not to be seen: /proc is that of another PID namespace than the machine's; in a \
+                         pod, set hostPID: true, or mount the node's /proc below --host-root",
+                        draft.pid,
+                        draft.label()
+                    ),
+                });
             }
         }
         // No other container has the same full ID.

@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 
 use super::error::Error;
-use super::process;
 use super::roots::Roots;
 use super::table::{Table, within};
 use crate::node::overlay::mount::OverlayMount;
@@ -31,9 +30,12 @@ const UPPER: &str = "upper";
 pub(super) struct OwnMounts(HashMap<u64, MountInfo>);
 
 impl OwnMounts {
-    /// Reads this program's mount table.
+    /// Reads the mount table of this thread, which opens the directories.
     pub(super) fn read() -> Result<Self, Error> {
-        let mounts = process::mounts(&Roots::default(), std::process::id())?;
+        let table = Path::new("/proc/thread-self/mountinfo");
+        let text = std::fs::read(table).map_err(|e| Error::io(table, e))?;
+        let mounts = procfs::parse_mountinfo(&text)
+            .map_err(|e| Error::damaged(table, e))?;
         Ok(Self(mounts.into_iter().map(|m| (m.id, m)).collect()))
     }
 

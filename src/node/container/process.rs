@@ -111,6 +111,15 @@ fn stat_of(roots: &Roots, pid: u32) -> Result<Option<Stat>, Error> {
         .ok_or_else(|| Error::damaged(&path, "expected a state and, as field 22, a start time"))
 }
 
+/// Number of the initial PID namespace (`PROC_PID_INIT_INO` of the kernel).
+const INITIAL_PID_NAMESPACE: &str = "pid:[4026531836]";
+
+/// Returns whether `/proc` shows the initial PID namespace, that of a node's processes, or this cannot be seen.
+pub(super) fn shows_initial_namespace(roots: &Roots) -> bool {
+    let namespace = std::fs::read_link(roots.proc("1/ns/pid"));
+    namespace.map_or(true, |namespace| namespace == Path::new(INITIAL_PID_NAMESPACE))
+}
+
 /// Reads a process, or returns `None` if it does not exist. Fails if its mount table exceeds [`SAVE_LIMITS`].
 pub(super) fn read(roots: &Roots, pid: u32) -> Result<Option<Process>, Error> {
     read_up_to(roots, pid, SAVE_LIMITS)

@@ -3,6 +3,7 @@
 //! Sources: kernel `Documentation/admin-guide/cgroup-v1/freezer-subsystem.rst`, `cgroup-v2.rst` (`cgroup.freeze`,
 //! `cgroup.events`); `cgroups(7)` for `/proc/PID/cgroup`; `proc(5)` for `/proc/PID/mountinfo`.
 
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Error;
+use super::members::members;
 use crate::node::procfs::{Membership, MountInfo, memberships};
 
 /// Timeout for a thaw to be read back. A thaw is immediate except on a heavily loaded machine.
@@ -129,6 +131,8 @@ pub(super) enum State {
 pub(super) struct Group {
     version: Version,
     dir: PathBuf,
+    /// Its path in `/proc/PID/cgroup`, if it was found by that.
+    cgroup: PathBuf,
     control: File,
     /// v2 only: `cgroup.events`.
     events: Option<File>,
@@ -155,9 +159,30 @@ impl Group {
         Ok(Self {
             version,
             dir,
+            cgroup: PathBuf::new(),
             control,
             events,
         })
+    }
+
+    /// Opens the control files of the cgroup whose path in `/proc/PID/cgroup` is `cgroup`.
+    pub(super) fn open_named(
+        version: Version,
+        dir: PathBuf,
+        cgroup: PathBuf,
+    ) -> Result<Self, Error> {
+        let group = Self::open(version, dir)?;
+        Ok(Self { cgroup, ..group })
+    }
+
+    /// Returns its path in `/proc/PID/cgroup`.
+    pub(super) fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
+    /// Returns its processes, as they are numbered in `proc`.
+    pub(super) fn members(&self, proc: &Path) -> Result<HashSet<u32>, Error> {
+        members(proc, self.version, &self.dir, &self.cgroup)
     }
 
     pub(super) fn version(&self) -> Version {

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{Error, Processes, groups, members};
+use super::{Error, Processes, groups};
 use crate::node::procfs::{MAX_MAPS, Mapping, read_maps};
 
 /// Maximum bytes of names kept for all processes together: each mapping can have a different name of up to the maximum
@@ -76,7 +76,7 @@ pub(super) fn container_pids(
 ) -> Result<HashSet<u32>, Error> {
     let mut pids: HashSet<u32> = Processes::new(proc, pid)?.in_root()?;
     for group in groups(proc, pid, host_root)? {
-        pids.extend(members::pids_below(group.dir())?);
+        pids.extend(group.members(proc)?);
     }
     Ok(pids)
 }

@@ -1,11 +1,15 @@
 //! Lists the processes of a cgroup and decides whether all of them belong to the container.
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use super::Error;
+use super::cgroup::{Version, membership};
+use super::mapped::is_gone;
 use crate::node::procfs::Stat;
 
 /// Maximum number of cgroups below one container. A container that may create cgroups must not make this walk endless.
@@ -141,6 +145,55 @@ impl Processes {
         }
         Ok(found)
     }
+}
+
+/// Returns the processes of a cgroup and of all its descendants, as they are numbered in `proc`. `dir` is its directory,
+/// `cgroup` its path in the files of `proc`.
+///
+/// The kernel translates the numbers in a cgroup's files to the reader's PID namespace, in which processes of other
+/// namespaces have none. If that is not the namespace of `proc` (a pod without `hostPID` with the node's `/proc`), the
+/// members are those processes of `proc` that name the cgroup.
+pub(super) fn members(
+    proc: &Path,
+    version: Version,
+    dir: &Path,
+    cgroup: &Path,
+) -> Result<HashSet<u32>, Error> {
+    if is_own_namespace(proc) {
+        pids_below(dir)
+    } else {
+        pids_naming(proc, version, cgroup)
+    }
+}
+
+/// Returns whether `proc` shows this program's PID namespace, as it does unless the opposite can be seen.
+fn is_own_namespace(proc: &Path) -> bool {
+    let namespace = |process: &Path| fs::read_link(process.join("ns/pid")).ok();
+    let shown = namespace(&proc.join("1"));
+    shown.is_none() || shown == namespace(Path::new("/proc/self"))
+}
+
+fn pids_naming(proc: &Path, version: Version, cgroup: &Path) -> Result<HashSet<u32>, Error> {
+    let mut pids = HashSet::new();
+    for entry in fs::read_dir(proc).map_err(|e| Error::io(proc.to_owned(), e))? {
+        let entry = entry.map_err(|e| Error::io(proc.to_owned(), e))?;
+        let name = entry.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        let path = entry.path().join("cgroup");
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            // The process ended meanwhile.
+            Err(e) if is_gone(&e) => continue,
+            Err(e) => return Err(Error::io(path, e)),
+        };
+        let path = membership(&text, version).map(|path| Path::new(OsStr::from_bytes(path)));
+        if path.is_some_and(|path| path.starts_with(cgroup)) {
+            pids.insert(pid);
+        }
+    }
+    Ok(pids)
 }
 
 /// Returns the processes of a cgroup and of all its descendants. 0 stands for processes of PID namespaces that are not

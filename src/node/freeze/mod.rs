@@ -22,8 +22,10 @@ mod watchdog;
 
 use crate::common::failure::FailureKind;
 use std::collections::HashSet;
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -328,7 +330,8 @@ fn groups(proc: &Path, pid: u32, prefer: Option<&Path>) -> Result<Vec<Arc<Group>
                 why: format!("process {pid} is in the root cgroup of {:?}", mount.point),
             })
         } else if let Some(dir) = mount.directory(cgroup) {
-            Group::open(mount.version, dir)
+            let path = PathBuf::from(OsStr::from_bytes(cgroup));
+            Group::open_named(mount.version, dir, path)
         } else {
             let cgroup = cgroup.escape_ascii();
             Err(Error::Unsupported {
@@ -338,12 +341,12 @@ fn groups(proc: &Path, pid: u32, prefer: Option<&Path>) -> Result<Vec<Arc<Group>
         match opened {
             // Two mounts of the same name may show different trees: only the one that lists the process is the right
             // one.
-            Ok(group) if members::pids_below(group.dir())?.contains(&pid) => {
+            Ok(group) if group.members(proc)?.contains(&pid) => {
                 groups.push(Arc::new(group));
             }
             Ok(group) => refusals.push(Error::Unsupported {
                 why: format!(
-                    "process {pid} is not in {:?} as /proc says (other cgroup or PID namespace)",
+                    "process {pid} is not in {:?} as /proc says (other cgroup or PID namespace; in a pod, set hostPID: true)",
                     group.dir()
                 ),
             }),
@@ -406,15 +409,15 @@ fn container_group(
 ) -> Result<(Arc<Group>, Vec<u32>), Error> {
     let mut best = (
         Arc::clone(start),
-        check(start.dir(), proc, start.version(), processes)?,
+        check(start, proc, processes)?,
     );
     let count = |members: &HashSet<u32>| members.intersection(in_root).count();
-    let mut dir = start.dir().to_owned();
-    while count(&best.1) < in_root.len() && dir.pop() {
-        let Ok(group) = Group::open(start.version(), dir.clone()) else {
+    let (mut dir, mut cgroup) = (start.dir().to_owned(), start.cgroup().to_owned());
+    while count(&best.1) < in_root.len() && dir.pop() && cgroup.pop() {
+        let Ok(group) = Group::open_named(start.version(), dir.clone(), cgroup.clone()) else {
             break;
         };
-        let Ok(members) = check(&dir, proc, start.version(), processes) else {
+        let Ok(members) = check(&group, proc, processes) else {
             break;
         };
         if count(&members) > count(&best.1) {
@@ -426,18 +429,18 @@ fn container_group(
     Ok((best.0, outside))
 }
 
-/// Returns the processes in `dir` and below if all belong to the container and none is this program.
+/// Returns the processes in `group` and below if all belong to the container and none is this program.
 fn check(
-    dir: &Path,
+    group: &Group,
     proc: &Path,
-    version: Version,
     processes: &mut Processes,
 ) -> Result<HashSet<u32>, Error> {
+    let (dir, version) = (group.dir(), group.version());
     let ours = fs::read_link(proc.join("self")).map_err(|e| Error::io(proc.join("self"), e))?;
     let ours: Option<u32> = ours.to_str().and_then(|pid| pid.parse().ok());
     let mut looks = 1;
     loop {
-        let pids = members::pids_below(dir)?;
+        let pids = group.members(proc)?;
         if ours.is_none_or(|pid| pids.contains(&pid)) {
             return Err(Error::WouldFreezeSelf {
                 cgroup: dir.to_owned(),

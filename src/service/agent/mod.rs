@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 
 use crate::common::message::count;
+use crate::node::background::cpu_limit;
 use crate::service::job::{JobId, Load, Node, Order, now_ms};
 use crate::service::queue::{self, Claim, Queue};
 use crate::service::ready;
@@ -114,6 +115,16 @@ struct Running {
     ended: CancellationToken,
 }
 
+/// Warns if the saves' processes have a limit on processor time that they cannot leave while a container is frozen.
+fn warn_of_cpu_limit(options: &Options) {
+    let limit = cpu_limit(options.roots.host_root.as_deref());
+    if let Some(limit) = limit.filter(|limit| options.background.is_none() || !limit.can_be_left) {
+        tracing::warn!(
+            "{limit}: this limit makes the time longer for which containers are frozen; set no CPU limit on the agent's pod"
+        );
+    }
+}
+
 /// Runs the agent until `cancel` is set, then drains: running jobs may finish within [`Options::drain`], the others are
 /// returned to the queue.
 ///
@@ -125,6 +136,7 @@ pub async fn run(options: Options, queue: Queue, cancel: CancellationToken) -> R
     if options.allowed.is_empty() {
         tracing::warn!("no destination is allowed: every save will be refused");
     }
+    warn_of_cpu_limit(&options);
     let spool = Spool::open(&options.spool_dir)?;
     let agent = Arc::new(Agent {
         name: format!("{}-{}", options.node, JobId::new()),

@@ -6,6 +6,7 @@
 
 mod cgroup;
 mod clock;
+mod cpu;
 mod files;
 mod kernel;
 mod network;
@@ -167,6 +168,7 @@ fn checks(options: &Options) -> Vec<Check> {
     if options.purpose.builds() {
         checks.push(("kernel", Box::new(kernel::check)));
         checks.push(("cgroup", Box::new(cgroup::check)));
+        checks.push(("cpu", Box::new(cpu::check)));
         checks.push(("proc", Box::new(runtimes::proc_check)));
         checks.push(("runtimes", Box::new(runtimes::check)));
     }

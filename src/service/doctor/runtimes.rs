@@ -168,9 +168,11 @@ fn proc_of(roots: &Roots, purpose: Purpose) -> Finding {
         .host_root
         .as_ref()
         .map_or_else(|| PathBuf::from("/proc"), |root| root.join("proc"));
-    let own = fs::read_link("/proc/self/ns/pid").map(|link| link.display().to_string());
+    let is_first = |process: PathBuf| {
+        fs::read_link(process.join("ns/pid")).is_ok_and(|link| link == Path::new(FIRST_NAMESPACE))
+    };
     judge_proc(
-        own.unwrap_or_default() == FIRST_NAMESPACE,
+        is_first("/proc/self".into()) || is_first(proc.join("1")),
         proc.join("1/status").exists(),
         roots.host_root.is_some(),
         purpose,
@@ -188,8 +190,8 @@ fn judge_proc(first: bool, readable: bool, host_root: bool, purpose: Purpose) ->
     if first {
         return Finding::ok("proc", "the process numbers are the node's own");
     }
-    let found = "this process is in a PID namespace of its own";
-    let advice = "the pod needs hostPID: true for live saves; without it only --pause none works";
+    let found = "its process numbers are those of another PID namespace";
+    let advice = "set hostPID: true in the pod, or mount the node's own /proc below --host-root";
     if host_root && purpose == Purpose::Agent {
         Finding::failed("proc", found, advice)
     } else {
