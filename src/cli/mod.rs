@@ -19,6 +19,7 @@ mod secret;
 mod service;
 mod signals;
 mod text;
+mod together;
 mod validate;
 mod verbs;
 pub(crate) mod view;

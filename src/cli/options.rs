@@ -186,6 +186,7 @@ impl Commit {
                 .map(|fd| gate(fd, cancel, background.clone()))
                 .transpose()?,
             freeze_mark: args.freeze_mark,
+            together: None,
             background,
         };
         // Credentials and relaxed TLS settings apply to the destination only, not to registries of base images.

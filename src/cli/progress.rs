@@ -45,6 +45,28 @@ pub(super) fn observer(mode: Mode, quiet: bool, verbose: bool) -> Box<dyn Observ
     }
 }
 
+/// Like [`observer`], for one of several containers that are saved together: JSON lines and warnings name it, and there is
+/// no bar.
+pub(super) fn observer_of(
+    container: &str,
+    mode: Mode,
+    quiet: bool,
+    verbose: bool,
+) -> Box<dyn Observer> {
+    let container = Some(container.to_owned());
+    match mode {
+        Mode::Json => Box::new(Json {
+            container,
+            ..Json::new(io::stdout(), JSON_INTERVAL)
+        }),
+        _ if quiet => observer(mode, quiet, verbose),
+        _ => Box::new(Lines {
+            container,
+            ..Lines::new(io::stderr(), (mode != Mode::None).then_some(LINE_INTERVAL))
+        }),
+    }
+}
+
 /// A status line at the bottom of a terminal. Nothing is shown if stderr is not a terminal. Removed when dropped.
 pub(super) struct StatusLine(Option<ProgressBar>);
 
@@ -119,6 +141,8 @@ fn with_lock<T, R>(mutex: &Mutex<T>, use_it: impl FnOnce(&mut T) -> R) -> R {
 struct Json<W> {
     state: Mutex<JsonState<W>>,
     every: Duration,
+    /// The container's name, if several are saved.
+    container: Option<String>,
 }
 
 struct JsonState<W> {
@@ -135,6 +159,7 @@ impl<W: Write + Send> Json<W> {
                 last: [None; 2],
             }),
             every,
+            container: None,
         }
     }
 }
@@ -143,15 +168,22 @@ impl<W: Write + Send> Json<W> {
 struct Line<'a> {
     version: u32,
     time: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    container: Option<&'a str>,
     #[serde(flatten)]
     event: &'a Event,
 }
 
 /// Formats one event as a line, without the newline. `time` is written in RFC 3339, UTC.
-fn json_line(event: &Event, time: jiff::Timestamp) -> serde_json::Result<String> {
+fn json_line(
+    event: &Event,
+    container: Option<&str>,
+    time: jiff::Timestamp,
+) -> serde_json::Result<String> {
     serde_json::to_string(&Line {
         version: EVENT_VERSION,
         time: format!("{time:.3}"),
+        container,
         event,
     })
 }
@@ -181,9 +213,12 @@ impl<W: Write + Send> Observer for Json<W> {
             if frequent {
                 *last = Some(Instant::now());
             }
-            if let Ok(line) = json_line(&event, jiff::Timestamp::now()) {
-                // A closed reader does not stop the save.
-                let _ = writeln!(state.out, "{line}").and_then(|()| state.out.flush());
+            let container = self.container.as_deref();
+            if let Ok(line) = json_line(&event, container, jiff::Timestamp::now()) {
+                // A closed reader does not stop the save. One write for a line: several saves may share the output.
+                let line = format!("{line}\n");
+                let written = state.out.write_all(line.as_bytes());
+                let _ = written.and_then(|()| state.out.flush());
             }
         });
     }
@@ -193,6 +228,8 @@ impl<W: Write + Send> Observer for Json<W> {
 struct Lines<W> {
     state: Mutex<LinesState<W>>,
     every: Option<Duration>,
+    /// The container's name, if several are saved.
+    container: Option<String>,
 }
 
 struct LinesState<W> {
@@ -208,6 +245,7 @@ impl<W: Write + Send> Lines<W> {
                 last: Instant::now(),
             }),
             every,
+            container: None,
         }
     }
 }
@@ -275,7 +313,10 @@ impl<W: Write + Send> Observer for Lines<W> {
                 _ => return,
             };
             // If stderr cannot be written to, nothing can be reported.
-            let _ = writeln!(state.out, "{line}");
+            let _ = match &self.container {
+                Some(container) => writeln!(state.out, "{}: {line}", escaped(container)),
+                None => writeln!(state.out, "{line}"),
+            };
         });
     }
 }
@@ -481,7 +522,7 @@ mod tests {
                     .to_owned(),
             ),
         ] {
-            assert_eq!(json_line(&event, time)?, format!("{at}{rest}"));
+            assert_eq!(json_line(&event, None, time)?, format!("{at}{rest}"));
         }
         Ok(())
     }

@@ -14,7 +14,9 @@ use super::args;
 use super::exit::Usage;
 use super::failure::Failure;
 use super::print::print;
-use super::{bench_view, options, output, packages, progress, signals, view, write_stdout};
+use super::{
+    bench_view, options, output, packages, progress, signals, together, view, write_stdout,
+};
 use crate::common::failure::FailureKind;
 use crate::layer::scan::{self, Kind, Scan};
 use crate::layer::{self, Plan};
@@ -144,6 +146,9 @@ pub(super) fn diff(roots: &Roots, args: &args::Diff) -> anyhow::Result<()> {
 
 /// Saves, reports a failure to the observer, and prints the reference unless the observer does.
 pub(super) fn commit(roots: &Roots, args: args::Commit, verbose: bool) -> anyhow::Result<()> {
+    if args.all_containers {
+        return together::commit(roots, args, verbose);
+    }
     let observer: Arc<dyn Observer> = progress::observer(args.progress, args.quiet, verbose).into();
     let json = args.progress == progress::Mode::Json;
     let outcome = commit_with(roots, args, Arc::clone(&observer));

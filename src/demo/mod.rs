@@ -545,6 +545,7 @@ fn save(
         digestfile: None,
         gate: None,
         freeze_mark: None,
+        together: None,
         background: None,
     };
     let warnings = Arc::new(Warnings::default());

@@ -90,6 +90,12 @@ pub enum Error {
         /// Path in the container, escaped.
         path: String,
     },
+    /// Several containers could not be saved at one instant. Another save of the group has the cause.
+    #[error("not saved together with the other containers: {why}; nothing of it was saved")]
+    NotTogether {
+        /// The reason.
+        why: &'static str,
+    },
     /// The kernel did not return data about the container's processes in time, because one of the processes blocks it.
     #[error(
         "{what} cannot be read within {seconds} s: a process of the container is blocked in the kernel, probably by a file system that does not respond; nothing was saved"
@@ -149,6 +155,7 @@ impl Error {
             | Self::Manifest(_)
             | Self::Report { .. }
             | Self::PausedTooLong { .. }
+            | Self::NotTogether { .. }
             | Self::Unanswered { .. }
             | Self::ChangedWhileRead { .. }
             | Self::ImageUnreadable { .. }

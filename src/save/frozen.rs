@@ -63,7 +63,13 @@ pub(super) async fn freeze(
         mark: options.freeze_mark.clone(),
         ..freeze::Options::default()
     };
+    if let Some(member) = &options.together {
+        member.take_turn().await?;
+    }
     let claim = claim(context, running, &how).await?;
+    if let Some(member) = &options.together {
+        member.claimed().await?;
+    }
     let frozen = run_in_place(|| freeze::freeze(running.pid, Some(running.pid_start), &how))?;
     if !frozen.processes_outside().is_empty() {
         let pids = frozen
@@ -79,10 +85,14 @@ pub(super) async fn freeze(
             ),
         );
     }
-    Ok(Some(FrozenGuard {
+    let guard = FrozenGuard {
         frozen: Some(frozen),
         _claim: claim,
-    }))
+    };
+    if let Some(member) = &options.together {
+        member.frozen().await?;
+    }
+    Ok(Some(guard))
 }
 
 /// Claims the container's freezer. Returns `None` if there is no place for claims.

@@ -23,6 +23,7 @@ pub mod state_store;
 mod stream;
 mod tag;
 mod tally;
+mod together;
 mod trees;
 mod upper;
 mod waiting;
@@ -63,6 +64,7 @@ pub(crate) use layer_size::split_plan;
 pub(crate) use live::MAX_PAUSE;
 pub(crate) use next::{Kind as NextKind, NextSave, NextSaveOptions, next_save};
 pub(crate) use outcome::Saved;
+pub(crate) use together::Member;
 pub use upper::Rules;
 
 /// Attempts at a save whose layers were read under a freeze but could not be finished, if the error may pass.
@@ -149,6 +151,8 @@ pub(crate) struct Options {
     pub(crate) gate: Option<Gate>,
     /// A file that exists while the container may be frozen by this save ([`crate::node::freeze::Options::mark`]).
     pub(crate) freeze_mark: Option<PathBuf>,
+    /// The group of saves at one instant that this one belongs to.
+    pub(crate) together: Option<Member>,
     /// The background priority, which is left while the container is frozen.
     pub(crate) background: Option<Background>,
 }
@@ -217,7 +221,11 @@ pub(crate) async fn commit(
         let of = subject.of(options);
         let prepared = Box::pin(prepare(&mut context, &of, target.tag()));
         match until_cancelled(cancel, prepared).await {
-            Err(error) if attempt < MAX_ATTEMPTS && error.was_started_again() => {
+            Err(error)
+                if attempt < MAX_ATTEMPTS
+                    && options.together.is_none()
+                    && error.was_started_again() =>
+            {
                 context.warn("again", format!("the save begins anew: {error}"));
                 attempt += 1;
             }
@@ -228,6 +236,9 @@ pub(crate) async fn commit(
         }
     };
     let of = subject.of(options);
+    if let Some(member) = &options.together {
+        until_cancelled(cancel, member.complete()).await?;
+    }
     let (made, digest) =
         Box::pin(tag::write(&mut context, &of, made, target.tag(), &permit)).await?;
     let Made {
@@ -265,6 +276,29 @@ pub(crate) async fn commit(
     tag::follow_up(&context, &of, &digest, replaced.as_ref()).await;
     written?;
     Ok(saved)
+}
+
+/// Saves several containers at one instant, each with its own options and observer. Returns the results in their order.
+pub(crate) async fn commit_together(
+    saves: Vec<(Options, Arc<dyn Observer>)>,
+    roots: &container::Roots,
+    access: &Access,
+    cancel: &CancellationToken,
+) -> Vec<Result<Saved, Error>> {
+    let members = Member::group(saves.len());
+    let saves = saves
+        .into_iter()
+        .zip(members)
+        .map(async |((mut options, observer), member)| {
+            options.together = Some(member.clone());
+            let access = access.clone();
+            let saved = Box::pin(commit(&options, roots.clone(), access, observer, cancel)).await;
+            if saved.is_err() {
+                member.fail();
+            }
+            saved
+        });
+    futures_util::future::join_all(saves).await
 }
 
 /// Carries out a part of a save that leaves nothing when it is cancelled.

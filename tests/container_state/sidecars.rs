@@ -85,7 +85,10 @@ fn the_default_container_of_a_pod_of_crio_is_meant() -> Outcome {
     assert!(error.to_string().contains("notebook, sidecar"), "{error}");
     for damaged in ["", "null", "[1]", r#"{"a":1}"#] {
         annotate_crio(&node, damaged)?;
-        assert!(matches!(find(&node.roots, pod), Err(Error::Ambiguous { .. })), "{damaged}");
+        assert!(
+            matches!(find(&node.roots, pod), Err(Error::Ambiguous { .. })),
+            "{damaged}"
+        );
     }
     // A service mesh's proxy beside the only other container.
     second_container(&node, "istio-proxy")?;
@@ -103,7 +106,13 @@ fn the_default_container_of_a_pod_of_containerd_is_recorded() -> Outcome {
     assert_eq!(default(&find(&node.roots, CONTAINERD_ID)?), None);
     let path = node.path(META);
     let mut tree = bolt::read(&path, |db| Tree::read(&db.root()))?;
-    let extensions = [b"v1" as &[u8], b"k8s.io", b"containers", SANDBOX_ID.as_bytes(), b"extensions"];
+    let extensions = [
+        b"v1" as &[u8],
+        b"k8s.io",
+        b"containers",
+        SANDBOX_ID.as_bytes(),
+        b"extensions",
+    ];
     let extensions = tree.bucket(&extensions);
     let key = b"io.cri-containerd.sandbox.metadata".to_vec();
     let Some(Tree::Value(any)) = extensions.get(&key) else {

@@ -38,7 +38,12 @@ impl Place {
         let dir = TempDir::new()?;
         let at = dir.path().canonicalize()?;
         let managed = at.join("state/io.containerd.mount-manager.v1.bolt/t/1");
-        let lowers = [at.join("l/0"), managed.join("1"), managed.join("2"), at.join("l/3")];
+        let lowers = [
+            at.join("l/0"),
+            managed.join("1"),
+            managed.join("2"),
+            at.join("l/3"),
+        ];
         let upper = at.join("l/upper");
         for name in ["work", "merged", "empty", "host", "elsewhere", "aside"] {
             fs::create_dir_all(at.join(name))?;
@@ -63,8 +68,15 @@ impl Place {
         for (number, lower) in lowers.iter().enumerate() {
             fs::write(lower.join(format!("f{number}")), format!("lower {number}"))?;
         }
-        place.contents = place.directories.iter().map(|d| contents(d)).collect::<Result<_, _>>()?;
-        let lowers: Vec<String> = lowers.iter().map(|lower| lower.display().to_string()).collect();
+        place.contents = place
+            .directories
+            .iter()
+            .map(|d| contents(d))
+            .collect::<Result<_, _>>()?;
+        let lowers: Vec<String> = lowers
+            .iter()
+            .map(|lower| lower.display().to_string())
+            .collect();
         let options = format!(
             "lowerdir={},upperdir={},workdir={}",
             lowers.join(":"),
@@ -74,7 +86,15 @@ impl Place {
         let script = "mount -t overlay overlay -o \"$0\" \"$1\" && exec chroot \"$1\" /sleep 1000";
         let _ = place.process.wait();
         place.process = Command::new("unshare")
-            .args(["--mount", "--propagation", "private", "sh", "-c", script, &options])
+            .args([
+                "--mount",
+                "--propagation",
+                "private",
+                "sh",
+                "-c",
+                script,
+                &options,
+            ])
             .arg(at.join("merged"))
             .spawn()?;
         let cmdline = format!("/proc/{}/cmdline", place.process.id());
@@ -153,14 +173,20 @@ impl Place {
                 let known = matches!(error, Error::LayerUnproven { .. } | Error::Mount { .. });
                 assert!(known, "{number}: {error}");
                 let text = error.to_string();
-                let named = self.directories.iter().any(|d| text.contains(&d.display().to_string()));
+                let named = self
+                    .directories
+                    .iter()
+                    .any(|d| text.contains(&d.display().to_string()));
                 assert!(named, "{number}: {text}");
                 return Ok(false);
             }
         };
         let overlay = &container.overlay;
         let found = [std::slice::from_ref(&overlay.upper), &overlay.lowers].concat();
-        let found: Vec<_> = found.iter().map(|d| contents(d)).collect::<Result<_, _>>()?;
+        let found: Vec<_> = found
+            .iter()
+            .map(|d| contents(d))
+            .collect::<Result<_, _>>()?;
         assert_eq!(found, self.contents, "{number}");
         recheck(&roots, &container).map_err(IoError::other)?;
         Ok(true)
@@ -179,7 +205,9 @@ impl Drop for Place {
 
 /// The next of a series of numbers that is the same in every run.
 fn next(seed: &mut u64) -> usize {
-    *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    *seed = seed
+        .wrapping_mul(6_364_136_223_846_793_005)
+        .wrapping_add(1_442_695_040_888_963_407);
     (*seed >> 40) as usize
 }
 
@@ -187,8 +215,16 @@ fn contents(directory: &Path) -> io::Result<BTreeMap<PathBuf, Vec<u8>>> {
     let mut found = BTreeMap::new();
     for entry in walkdir::WalkDir::new(directory).min_depth(1) {
         let entry = entry?;
-        let name = entry.path().strip_prefix(directory).map_err(IoError::other)?.to_owned();
-        let content = if entry.file_type().is_file() { fs::read(entry.path())? } else { Vec::new() };
+        let name = entry
+            .path()
+            .strip_prefix(directory)
+            .map_err(IoError::other)?
+            .to_owned();
+        let content = if entry.file_type().is_file() {
+            fs::read(entry.path())?
+        } else {
+            Vec::new()
+        };
         found.insert(name, content);
     }
     Ok(found)
@@ -196,7 +232,11 @@ fn contents(directory: &Path) -> io::Result<BTreeMap<PathBuf, Vec<u8>>> {
 
 #[test]
 fn in_any_mount_namespace_the_layers_are_the_containers_or_it_is_refused() -> Outcome {
-    if ignored(&[Need::Root, Need::Program("unshare"), Need::Program("busybox")]) {
+    if ignored(&[
+        Need::Root,
+        Need::Program("unshare"),
+        Need::Program("busybox"),
+    ]) {
         return Ok(());
     }
     let place = Place::new()?;
@@ -207,13 +247,20 @@ fn in_any_mount_namespace_the_layers_are_the_containers_or_it_is_refused() -> Ou
         equal += u32::from(looked.map_err(|error| format!("variation {number}: {error}"))?);
     }
     assert!(equal >= VARIATIONS / 5, "only {equal} were not refused");
-    assert!(equal <= VARIATIONS * 4 / 5, "only {} were refused", VARIATIONS - equal);
+    assert!(
+        equal <= VARIATIONS * 4 / 5,
+        "only {} were refused",
+        VARIATIONS - equal
+    );
 
     // A mount that is gone from every table leaves an empty directory in all of them.
     unmount(&place.mounts[1], UnmountFlags::DETACH)?;
     let error = find(&Roots::default(), &format!("pid:{}", place.process.id())).unwrap_err();
     let told = error.to_string();
     assert!(matches!(error, Error::LayerUnproven { .. }), "{told}");
-    assert!(told.contains(&place.mounts[1].display().to_string()), "{told}");
+    assert!(
+        told.contains(&place.mounts[1].display().to_string()),
+        "{told}"
+    );
     Ok(())
 }

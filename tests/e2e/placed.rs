@@ -22,12 +22,7 @@ fn apart(command_line: &Command, script: &str, argument: &Path) -> Command {
 }
 
 /// Like [`apart`], in more namespaces of its own, each an option of `unshare`.
-fn apart_in(
-    namespaces: &[&str],
-    command_line: &Command,
-    script: &str,
-    argument: &Path,
-) -> Command {
+fn apart_in(namespaces: &[&str], command_line: &Command, script: &str, argument: &Path) -> Command {
     let script = format!("set -e; at=$1; shift; {script}; exec \"$@\"");
     let mut apart = command("unshare", ["--mount", "--propagation", "private"]);
     apart
@@ -128,8 +123,17 @@ fn lowers_that_are_mounts_are_read_where_they_are_mounted_only() -> Result<()> {
     let private = scratch.path().join("private");
     let namespaces = ["--pid", "--fork", "--cgroup"];
     let live = through(&private);
-    let said = output(&mut apart_in(&namespaces, &live, "mount --rbind / \"$at\"", &host))?;
-    ensure!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+    let said = output(&mut apart_in(
+        &namespaces,
+        &live,
+        "mount --rbind / \"$at\"",
+        &host,
+    ))?;
+    ensure!(
+        said.status.success(),
+        "{}",
+        String::from_utf8_lossy(&said.stderr)
+    );
 
     let here = scratch.path().join("here");
     save(

@@ -122,7 +122,12 @@ mod tests {
         let top = dir.path().join("v1");
         let own = top.join("agent");
         fs::create_dir_all(&own)?;
-        for (quota, expected) in [("-1\n", None), ("50000\n", Some(0.5)), ("0\n", None), ("x", None)] {
+        for (quota, expected) in [
+            ("-1\n", None),
+            ("50000\n", Some(0.5)),
+            ("0\n", None),
+            ("x", None),
+        ] {
             fs::write(own.join("cpu.cfs_quota_us"), quota)?;
             fs::write(own.join("cpu.cfs_period_us"), "100000\n")?;
             let file = own.join("cpu.cfs_quota_us");

@@ -350,6 +350,50 @@ fn container_name(draft: &RecordedContainer) -> &str {
     draft.pod.as_ref().map_or("", |pod| &pod.container)
 }
 
+/// Returns name and ID of every running container of the pod `NAMESPACE/POD`, sorted by ID.
+///
+/// Fails with [`Error::Ambiguous`] if two pods have the name, as while one replaces the other.
+pub fn of_pod(roots: &Roots, name: &str) -> Result<Vec<(String, String)>, Error> {
+    let wanted = name.parse::<Query>()?;
+    if !matches!(
+        wanted,
+        Query::Pod {
+            container: None,
+            ..
+        }
+    ) {
+        return Err(Error::BadName {
+            wanted: name.to_owned(),
+            expected: "expected NAMESPACE/POD",
+        });
+    }
+    let drafts = recorded_containers(roots, &mut Vec::new());
+    let mut found = Vec::new();
+    for draft in &drafts {
+        let is_meant = wanted.matches(&draft.id, &draft.names, draft.pod.as_ref(), 0);
+        if !draft.sandbox && is_meant && process::start_of(roots, draft.pid)?.is_some() {
+            found.push(draft);
+        }
+    }
+    let uid = |draft: &RecordedContainer| draft.pod.as_ref().and_then(|pod| pod.uid.clone());
+    if found.iter().any(|draft| uid(draft) != uid(found[0])) {
+        return Err(Error::Ambiguous {
+            wanted: name.to_owned(),
+            candidates: found.iter().map(|draft| draft.label()).collect(),
+        });
+    }
+    if found.is_empty() {
+        // For its message.
+        let pod = |container: &Container| container.pod.clone().map(|pod| pod.container);
+        return find(roots, name).map(|it| vec![(pod(&it).unwrap_or_default(), it.id)]);
+    }
+    let mut named: Vec<(String, String)> = (found.iter())
+        .map(|draft| (container_name(draft).to_owned(), draft.id.clone()))
+        .collect();
+    named.sort_by(|(_, a), (_, b)| a.cmp(b));
+    Ok(named)
+}
+
 /// Checks that `container` has not changed: the same process with the same root file system, the same entry in the
 /// trusted mount table, and the same directories mounted where they are read. One that has ended must still be on record
 /// with the same directories ([`Error::Removed`]), and without a process ([`Error::StartedAgain`]).

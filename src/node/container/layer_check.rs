@@ -34,8 +34,7 @@ impl OwnMounts {
     pub(super) fn read() -> Result<Self, Error> {
         let table = Path::new("/proc/thread-self/mountinfo");
         let text = std::fs::read(table).map_err(|e| Error::io(table, e))?;
-        let mounts = procfs::parse_mountinfo(&text)
-            .map_err(|e| Error::damaged(table, e))?;
+        let mounts = procfs::parse_mountinfo(&text).map_err(|e| Error::damaged(table, e))?;
         Ok(Self(mounts.into_iter().map(|m| (m.id, m)).collect()))
     }
 
@@ -136,10 +135,13 @@ impl LayerCheck<'_> {
                 image.display()
             )));
         }
-        let managed = path.components().any(|part| part.as_os_str() == MOUNT_MANAGER);
+        let managed = path
+            .components()
+            .any(|part| part.as_os_str() == MOUNT_MANAGER);
         if managed && role != UPPER && ours.mount_point != path {
             return Err(unproven(
-                "containerd's mount manager mounts an image there, and nothing is mounted".to_owned(),
+                "containerd's mount manager mounts an image there, and nothing is mounted"
+                    .to_owned(),
             ));
         }
         Ok(())

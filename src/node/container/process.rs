@@ -117,7 +117,9 @@ const INITIAL_PID_NAMESPACE: &str = "pid:[4026531836]";
 /// Returns whether `/proc` shows the initial PID namespace, that of a node's processes, or this cannot be seen.
 pub(super) fn shows_initial_namespace(roots: &Roots) -> bool {
     let namespace = std::fs::read_link(roots.proc("1/ns/pid"));
-    namespace.map_or(true, |namespace| namespace == Path::new(INITIAL_PID_NAMESPACE))
+    namespace.map_or(true, |namespace| {
+        namespace == Path::new(INITIAL_PID_NAMESPACE)
+    })
 }
 
 /// Reads a process, or returns `None` if it does not exist. Fails if its mount table exceeds [`SAVE_LIMITS`].

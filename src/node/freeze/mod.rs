@@ -407,10 +407,7 @@ fn container_group(
     processes: &mut Processes,
     in_root: &HashSet<u32>,
 ) -> Result<(Arc<Group>, Vec<u32>), Error> {
-    let mut best = (
-        Arc::clone(start),
-        check(start, proc, processes)?,
-    );
+    let mut best = (Arc::clone(start), check(start, proc, processes)?);
     let count = |members: &HashSet<u32>| members.intersection(in_root).count();
     let (mut dir, mut cgroup) = (start.dir().to_owned(), start.cgroup().to_owned());
     while count(&best.1) < in_root.len() && dir.pop() && cgroup.pop() {
@@ -430,11 +427,7 @@ fn container_group(
 }
 
 /// Returns the processes in `group` and below if all belong to the container and none is this program.
-fn check(
-    group: &Group,
-    proc: &Path,
-    processes: &mut Processes,
-) -> Result<HashSet<u32>, Error> {
+fn check(group: &Group, proc: &Path, processes: &mut Processes) -> Result<HashSet<u32>, Error> {
     let (dir, version) = (group.dir(), group.version());
     let ours = fs::read_link(proc.join("self")).map_err(|e| Error::io(proc.join("self"), e))?;
     let ours: Option<u32> = ours.to_str().and_then(|pid| pid.parse().ok());

@@ -13,7 +13,10 @@ fn judge(limit: Option<CpuLimit>) -> Finding {
     };
     let found = limit.to_string();
     if limit.can_be_left {
-        Finding::ok("cpu", format!("{found}; it is left while a container is frozen"))
+        Finding::ok(
+            "cpu",
+            format!("{found}; it is left while a container is frozen"),
+        )
     } else {
         let advice = "set no CPU limit on the pod (a request is right), or mount the node's cgroups read-write: it makes the \
                       pauses of containers longer";
@@ -37,6 +40,9 @@ mod tests {
         assert_eq!(judge(Some(limit(true))).state, State::Ok);
         let told = judge(Some(limit(false)));
         assert_eq!(told.state, State::Warning);
-        assert_eq!(told.found, "no more than 0.10 cores (/sys/fs/cgroup/cpu.max)");
+        assert_eq!(
+            told.found,
+            "no more than 0.10 cores (/sys/fs/cgroup/cpu.max)"
+        );
     }
 }

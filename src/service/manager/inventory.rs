@@ -297,7 +297,10 @@ pub(super) fn find_within<'a>(
 
 /// Reduces the sessions of a pod that was named without a container to the one that is meant, if that is known.
 fn meant(found: Vec<&Session>) -> Result<Vec<&Session>, Refusal> {
-    let Some(default) = found.first().map(|session| session.default_container.as_deref()) else {
+    let Some(default) = found
+        .first()
+        .map(|session| session.default_container.as_deref())
+    else {
         return Ok(found);
     };
     let names: Vec<&str> = (found.iter())
