@@ -46,7 +46,7 @@ pub(super) fn image(args: &Inspect) -> anyhow::Result<()> {
             (Some(target), Some(name)) => Some(reading::open(target, registries, name).await?),
             _ => None,
         };
-        let packages = save::packages::of_image(&image, since.as_ref()).await?;
+        let packages = save::packages::image::of_image(&image, since.as_ref()).await?;
         Ok(ImagePackages {
             image: escape::limited(&args.container, 4096),
             digest: image.manifest.digest,

@@ -102,7 +102,9 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
             &cancel,
         )?)],
     };
-    view.packages = Some(save::packages::asked(&container, &scans, &cancel)?);
+    view.packages = Some(save::packages::container::asked(
+        &container, &scans, &cancel,
+    )?);
     print(args.format, &view, |view| {
         view.packages
             .as_ref()

@@ -6,6 +6,7 @@ mod error;
 pub(crate) mod event;
 mod frozen;
 mod gate;
+mod history;
 mod in_flight_writes;
 mod layer_size;
 mod live;
@@ -392,7 +393,7 @@ async fn make(context: &mut Context, of: &Of<'_>, again: bool) -> Result<Made, E
     // Soon, before the container changes the files in question.
     let (delivered, packages) = tokio::join!(
         base::copy_missing(context, destination, container, base, of.layout),
-        packages::of_save(context, container, &taken.scans),
+        packages::container::of_save(context, container, &taken.scans),
     );
     let (delivered, packages) = (delivered?, packages?);
 
@@ -641,6 +642,6 @@ fn assemble(
         author: options.author.as_deref(),
         message: options.message.as_deref(),
         created: options.timestamp.unwrap_or(now),
-        created_by: packages::CREATED_BY,
+        created_by: history::CREATED_BY,
     })?)
 }

@@ -9,16 +9,14 @@ use std::sync::Arc;
 use rustix::fs::{FileType, Stat};
 use tokio_util::sync::CancellationToken;
 
-use super::source::{Image, LayerReader, SourceError};
-use super::{Context, Error};
-use crate::image::packages::layers;
+use super::{ASKED, ASKED_BYTES};
 use crate::image::packages::{Installed, MetadataFile, Packages, is_installed_at, metadata_file};
-use crate::image::verify::archive::ArchiveError;
 use crate::layer::scan::{Entry, Kind, Scan};
 use crate::node::container::Container;
 use crate::node::overlay::lower::{Found, Lowers, Stack, basename, dirname, join};
 use crate::node::overlay::mount::OverlayMount;
 use crate::node::overlay::root::Root;
+use crate::save::{Context, Error};
 
 /// Maximum number of names that are looked at in directories of the base which the container has deleted.
 const MAX_NAMES: usize = 500_000;
@@ -30,14 +28,9 @@ const MAX_DEPTH: usize = 64;
 /// Maximum number of packages in the list of a save, and of bytes of its texts.
 const LISTED: usize = 2000;
 const LISTED_BYTES: usize = 256 << 10;
-/// The same for a list that is asked for.
-const ASKED: usize = 20_000;
-const ASKED_BYTES: usize = 2 << 20;
-/// `created_by` of layers that a save made.
-pub(super) const CREATED_BY: &str = "upperdeck commit";
 
 /// Returns the packages by which the image of a save differs from its base.
-pub(super) async fn of_save(
+pub(in crate::save) async fn of_save(
     context: &Context,
     container: &Container,
     scans: &[Arc<Scan>],
@@ -47,83 +40,6 @@ pub(super) async fn of_save(
     let listed = tokio::task::spawn_blocking(move || of(&container.overlay, &scans, &cancel));
     let listed = listed.await.map_err(|_| Error::Worker)??;
     Ok(listed.limited(LISTED, LISTED_BYTES))
-}
-
-/// Returns the packages of an image: those by which it differs from the layers that no save made or, with `earlier`,
-/// from another image. Reads all layers of both.
-pub(crate) async fn of_image(image: &Image, earlier: Option<&Image>) -> Result<Packages, Error> {
-    let failed = |error: SourceError| error.of(&image.name());
-    let readers = image.layers().map_err(failed)?;
-    let own = match earlier {
-        Some(_) => 0,
-        None => saved_layers(&image.config().await.map_err(failed)?),
-    };
-    let below = readers.len().saturating_sub(own);
-    let before = earlier.map(Image::layers).transpose().map_err(failed)?;
-    let compared = tokio::task::spawn_blocking(move || {
-        let mut now = Installed::default();
-        let mut before = before.map(installed).transpose()?;
-        for (at, reader) in readers.into_iter().enumerate() {
-            if at == below && own > 0 {
-                before = Some(now.clone());
-            }
-            apply(&mut now, reader)?;
-        }
-        Ok::<_, ArchiveError>(match before {
-            Some(before) => Packages::between(&before, &now),
-            None => {
-                let mut all = Packages::between(&Installed::default(), &now);
-                all.note("no layer is of a save: all packages of the image are listed");
-                all
-            }
-        })
-    });
-    let compared = compared.await.map_err(|_| Error::Worker)?;
-    let compared = compared.map_err(|error| Error::ImageUnreadable {
-        name: image.name(),
-        reason: error.to_string(),
-    })?;
-    Ok(compared.limited(ASKED, ASKED_BYTES))
-}
-
-fn installed(readers: Vec<LayerReader>) -> Result<Installed, ArchiveError> {
-    let mut all = Installed::default();
-    for reader in readers {
-        apply(&mut all, reader)?;
-    }
-    Ok(all)
-}
-
-fn apply(installed: &mut Installed, reader: LayerReader) -> Result<(), ArchiveError> {
-    let reader = reader.map_err(|source| ArchiveError::Io { offset: 0, source })?;
-    layers::apply(installed, reader)
-}
-
-/// Returns the number of topmost layers that saves made, by the history in the config.
-fn saved_layers(config: &[u8]) -> usize {
-    #[derive(serde::Deserialize)]
-    struct Config {
-        #[serde(default)]
-        history: Vec<History>,
-    }
-    #[derive(serde::Deserialize)]
-    struct History {
-        #[serde(default)]
-        created_by: String,
-        #[serde(default)]
-        empty_layer: bool,
-    }
-    let Ok(config) = serde_json::from_slice::<Config>(config) else {
-        return 0;
-    };
-    let layers = config
-        .history
-        .iter()
-        .rev()
-        .filter(|entry| !entry.empty_layer);
-    layers
-        .take_while(|entry| entry.created_by == CREATED_BY)
-        .count()
 }
 
 /// Returns the packages of a container as [`of`] does, for a list that is asked for.
@@ -657,27 +573,6 @@ mod tests {
             "it changed while the container was read"
         );
         Ok(())
-    }
-
-    #[test]
-    fn saved_layers_are_those_on_top() {
-        let config = |history: &str| format!(r#"{{"history":[{history}]}}"#);
-        let of_base = r#"{"created_by":"RUN x"}"#;
-        let save = r#"{"created_by":"upperdeck commit"}"#;
-        let empty = r#"{"created_by":"CMD","empty_layer":true}"#;
-        for (history, count) in [
-            (of_base.to_owned(), 0),
-            (format!("{of_base},{save},{save}"), 2),
-            (format!("{save},{of_base},{empty},{save}"), 1),
-            (String::new(), 0),
-        ] {
-            assert_eq!(
-                saved_layers(config(&history).as_bytes()),
-                count,
-                "{history}"
-            );
-        }
-        assert_eq!(saved_layers(b"no json"), 0);
     }
 
     #[test]
