@@ -7,6 +7,7 @@ import hmac
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from selenium.webdriver.common.keys import Keys
 
 from browser import Browser
 from jupyterhub_upperdeck import owner_of
-from lab import Lab, until
+from lab import Daemon, Lab, until
 from person import PASSWORD, Person, Session
 
 NEEDED = ["podman", "skopeo", "docker-registry", "redis-server", "chromium", "chromedriver", "node", "debootstrap"]
@@ -279,29 +280,38 @@ class TestLoop:
         # The owner in the environment is the hub's, whatever the server's user asks for.
         assert mine.environment["UPPERDECK_OWNER"] == owner_of(BOB)
 
-    def test_the_culler_saves(self, lab: Lab, alice: Person) -> None:
-        """It stops a server by the hub's API, as the idle culler does."""
-        stop = requests.delete(
-            f"{lab.hub}/hub/api/users/alice/server", headers={"Authorization": f"token {lab.culler_token}"}, timeout=60
+    def test_a_stop_without_the_registry_ends_within_its_bound(self, lab: Lab, bob: Person) -> None:
+        (lab.directory / "bound").write_text("6")
+        lab.registry.stop()
+        bob.stop()
+        lab.start_registry()
+        assert len(lab.podman("ps", "--all", "--quiet").split()) == 1, "the other user's server runs on"
+        page = bob.spawn_page()
+        assert "Not saved: it took longer than 6 s" in page
+        bob.enter_portal()
+        assert bob.portal("GET", "api/v1/images").json()["images"] == []
+
+    def test_the_culler_saves(self, lab: Lab, browser: Browser, alice: Person) -> None:
+        """The idle culler itself, which here takes every server for idle."""
+        environment = {
+            **os.environ,
+            "JUPYTERHUB_API_TOKEN": lab.culler_token,
+            "JUPYTERHUB_API_URL": f"{lab.hub}/hub/api",
+        }
+        culler = Daemon(
+            [sys.executable, "-m", "jupyterhub_idle_culler", "--timeout=1", "--cull-every=2"],
+            lab.directory / "culler.log",
+            env=environment,
         )
-        assert stop.status_code in (202, 204), stop.text
-        until("the stop", alice.stopped)
+        try:
+            until("the stop", alice.stopped)
+        finally:
+            culler.stop()
         alice.enter_portal()
         images = alice.portal("GET", "api/v1/images").json()["images"]
         assert "Saved when the server stopped" in [one.get("message") for one in images]
         page = alice.spawn_page()
         assert "Last stop" in page and "Saved as " in page
-
-    def test_a_stop_without_the_registry_ends_within_its_bound(self, lab: Lab, browser: Browser, bob: Person) -> None:
-        (lab.directory / "bound").write_text("6")
-        lab.registry.stop()
-        bob.stop()
-        lab.start_registry()
-        assert lab.podman("ps", "--all", "--quiet") == ""
-        page = bob.spawn_page()
-        assert "Not saved: it took longer than 6 s" in page
-        bob.enter_portal()
-        assert bob.portal("GET", "api/v1/images").json()["images"] == []
         browser.go(f"{lab.hub}/hub/spawn")
         browser.see("Last stop")
         browser.shot("12-spawn-page-after-the-cull")
