@@ -444,7 +444,7 @@ mod tests {
                 namespace: "jupyter".into(),
                 name: "nb-0".into(),
                 container: "notebook".into(),
-                uid: None,
+                ..Pod::default()
             }),
             pid: 42,
             pid_start: 7,

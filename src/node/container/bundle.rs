@@ -95,6 +95,18 @@ struct SpecRoot {
     path: PathBuf,
 }
 
+fn too_much(count: usize, bytes: usize) -> bool {
+    count > MAX_METADATA.0 || bytes > MAX_METADATA.1
+}
+
+/// Returns labels or annotations unless they exceed the limits.
+pub(super) fn bounded(texts: Option<BTreeMap<String, String>>) -> Option<BTreeMap<String, String>> {
+    texts.filter(|texts| {
+        let bytes = texts.iter().map(|(key, value)| key.len() + value.len());
+        !too_much(texts.len(), bytes.sum())
+    })
+}
+
 impl Bundle {
     pub(super) fn read(path: &Path) -> Result<Self, Error> {
         let mut bundle: Self = read_json(path, CONFIG_CAP)?;
@@ -105,8 +117,6 @@ impl Bundle {
     /// Drops variables, arguments or annotations that exceed the limits. They are dropped as a whole, because they
     /// identify the owner of a session and one that is left out could be the second of its name.
     fn drop_oversized(&mut self) {
-        let too_much =
-            |count: usize, bytes: usize| count > MAX_METADATA.0 || bytes > MAX_METADATA.1;
         let length = |texts: &[String]| texts.iter().map(String::len).sum();
         if let Some(process) = &mut self.process {
             for texts in [&mut process.env, &mut process.args] {
@@ -118,14 +128,7 @@ impl Bundle {
                 }
             }
         }
-        if self.annotations.as_ref().is_some_and(|annotations| {
-            let bytes = annotations
-                .iter()
-                .map(|(key, value)| key.len() + value.len());
-            too_much(annotations.len(), bytes.sum())
-        }) {
-            self.annotations = None;
-        }
+        self.annotations = bounded(self.annotations.take());
     }
 
     pub(super) fn annotation(&self, key: &str) -> Option<&str> {

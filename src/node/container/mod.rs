@@ -15,6 +15,7 @@ use crate::node::overlay::mount::OverlayMount;
 pub mod bolt;
 mod bundle;
 mod containerd;
+mod crio_pod;
 mod discovery;
 mod docker;
 mod error;
@@ -68,7 +69,7 @@ impl Runtime {
 }
 
 /// The pod of a container, as recorded by the runtime rather than by the pod.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Pod {
     /// Kubernetes namespace.
     pub namespace: String,
@@ -78,6 +79,12 @@ pub struct Pod {
     pub container: String,
     /// Pod UID, if the runtime recorded it.
     pub uid: Option<String>,
+    /// Labels that the pod had when its sandbox was created; empty if the runtime recorded none, or too many.
+    #[serde(skip)]
+    pub labels: BTreeMap<String, String>,
+    /// Annotations that the pod had when its sandbox was created; empty if the runtime recorded none, or too many.
+    #[serde(skip)]
+    pub annotations: BTreeMap<String, String>,
 }
 
 /// A mount in the container other than its root. Nothing at or below `destination` belongs to the image.

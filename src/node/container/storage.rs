@@ -11,6 +11,7 @@ use base64::Engine as _;
 use serde::Deserialize;
 
 use super::bundle::Bundle;
+use super::crio_pod;
 use super::error::{Error, Problem};
 use super::image::{BLOB_CAP, Config, Document, Manifest, add_repositories, repository};
 use super::recorded::{RecordedContainer, RecordedRoot};
@@ -227,7 +228,17 @@ fn draft(
     };
     let crio = annotation("io.container.manager") == Some("cri-o");
     let own = metadata(container);
-    let pod = pod(&own, by_id).filter(|_| crio);
+    let mut pod = pod(&own, by_id).filter(|_| crio);
+    if let Some(pod) = &mut pod
+        && is_id(&own.pod_id)
+    {
+        let directories = [&storage.runroot, &storage.root].map(|root| {
+            root.join("overlay-containers")
+                .join(&own.pod_id)
+                .join("userdata")
+        });
+        crio_pod::add_texts(pod, &directories.map(|directory| roots.path(&directory)));
+    }
     let chain = chain(layers, &container.layer);
     Ok(Some(RecordedContainer {
         runtime: if crio { Runtime::Crio } else { Runtime::Podman },
@@ -268,6 +279,7 @@ fn pod(own: &Metadata, by_id: &HashMap<&str, &StoredContainer>) -> Option<Pod> {
         name: sandbox.name,
         container: own.name.clone(),
         uid: Some(sandbox.uid).filter(|uid| !uid.is_empty()),
+        ..Pod::default()
     })
 }
 

@@ -276,7 +276,7 @@ pub(super) mod tests {
                 namespace: "hub".to_owned(),
                 name: name.to_owned(),
                 container: "main".to_owned(),
-                uid: None,
+                ..Pod::default()
             });
             assert_eq!(kind(&it), expected, "{case}");
         }

@@ -17,6 +17,10 @@ pub enum OwnerRule {
     Namespace(Option<Regex>),
     /// The pod's name, in the same way.
     Pod(Option<Regex>),
+    /// A label of the pod, as it was when the runtime created the pod's sandbox; with a pattern, a part of its value.
+    Label(String, Option<Regex>),
+    /// An annotation of the pod, in the same way.
+    Annotation(String, Option<Regex>),
     /// A variable in the environment with which the runtime started the container.
     Env(String),
     /// A fixed user, to whom all sessions of the node belong.
@@ -26,9 +30,10 @@ pub enum OwnerRule {
 /// Why the text of a rule is invalid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RuleError {
-    /// Not one of the four forms.
+    /// Not one of the forms.
     #[error(
-        "{0:?} is not an owner rule: expected namespace[:PATTERN], pod[:PATTERN], env:NAME or fixed:USER"
+        "{0:?} is not an owner rule: expected namespace[:PATTERN], pod[:PATTERN], label:KEY[:PATTERN], \
+         annotation:KEY[:PATTERN], env:NAME or fixed:USER"
     )]
     Unknown(String),
     /// The pattern is invalid.
@@ -62,6 +67,19 @@ fn pattern(text: &str) -> Result<Regex, RuleError> {
     }
 }
 
+/// Parses `KEY[:PATTERN]`. The key of a label or an annotation has no colon.
+fn key_and_pattern(text: &str) -> Result<Option<(String, Option<Regex>)>, RuleError> {
+    let (key, rest) = match text.split_once(':') {
+        Some((key, rest)) => (key, Some(rest)),
+        None => (text, None),
+    };
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
+    if key.is_empty() || !key.chars().all(plain) {
+        return Ok(None);
+    }
+    Ok(Some((key.to_owned(), rest.map(pattern).transpose()?)))
+}
+
 impl FromStr for OwnerRule {
     type Err = RuleError;
 
@@ -74,6 +92,13 @@ impl FromStr for OwnerRule {
         match (kind, rest) {
             ("namespace", rest) => Ok(Self::Namespace(rest.map(pattern).transpose()?)),
             ("pod", rest) => Ok(Self::Pod(rest.map(pattern).transpose()?)),
+            ("label" | "annotation", Some(rest)) => {
+                let (key, pattern) = key_and_pattern(rest)?.ok_or_else(unknown)?;
+                Ok(match kind {
+                    "label" => Self::Label(key, pattern),
+                    _ => Self::Annotation(key, pattern),
+                })
+            }
             ("env", Some(name)) if !name.contains('=') => Ok(Self::Env(name.to_owned())),
             ("fixed", Some(user)) if is_owner(user) => Ok(Self::Fixed(user.to_owned())),
             ("fixed", Some(user)) => Err(RuleError::Name(user.to_owned())),
@@ -97,6 +122,10 @@ impl fmt::Display for OwnerRule {
             Self::Namespace(Some(regex)) => write!(f, "namespace:{}", given(regex)),
             Self::Pod(None) => f.write_str("pod"),
             Self::Pod(Some(regex)) => write!(f, "pod:{}", given(regex)),
+            Self::Label(key, None) => write!(f, "label:{key}"),
+            Self::Label(key, Some(regex)) => write!(f, "label:{key}:{}", given(regex)),
+            Self::Annotation(key, None) => write!(f, "annotation:{key}"),
+            Self::Annotation(key, Some(regex)) => write!(f, "annotation:{key}:{}", given(regex)),
             Self::Env(name) => write!(f, "env:{name}"),
             Self::Fixed(user) => write!(f, "fixed:{user}"),
         }
@@ -122,6 +151,8 @@ impl OwnerRule {
         let owner = match self {
             Self::Namespace(regex) => matched(regex.as_ref(), &pod?.namespace)?,
             Self::Pod(regex) => matched(regex.as_ref(), &pod?.name)?,
+            Self::Label(key, regex) => matched(regex.as_ref(), pod?.labels.get(key)?)?,
+            Self::Annotation(key, regex) => matched(regex.as_ref(), pod?.annotations.get(key)?)?,
             Self::Env(name) => container.spec.variable(name)?,
             Self::Fixed(user) => user,
         };
@@ -139,6 +170,7 @@ fn matched<'t>(regex: Option<&Regex>, text: &'t str) -> Option<&'t str> {
 #[cfg(test)]
 mod tests {
     use super::{OwnerRule, RuleError, is_owner, matched};
+    use crate::node::container::Pod;
 
     #[test]
     fn rules_are_read_and_written() -> Result<(), RuleError> {
@@ -146,6 +178,10 @@ mod tests {
             "namespace",
             "namespace:jupyter-(.+)",
             "pod:jupyter-([a-z]+)(?:--.*)?",
+            "label:upperdeck.io/owner",
+            "label:app:(.+)-nb",
+            "annotation:hub.jupyter.org/username",
+            "annotation:a:x:(.+)",
             "env:JUPYTERHUB_USER",
             "fixed:alice",
         ] {
@@ -160,10 +196,20 @@ mod tests {
             "fixed",
             "fixed:Alice",
             "fixed:../x",
+            "label",
+            "label:",
+            "label:a b",
+            "annotation::(.+)",
         ] {
             assert!(text.parse::<OwnerRule>().is_err(), "{text}");
         }
-        for text in ["pod:(", "pod:jupyter", "namespace:(a)(b)"] {
+        for text in [
+            "pod:(",
+            "pod:jupyter",
+            "namespace:(a)(b)",
+            "label:app:",
+            "label:app:nb",
+        ] {
             let refused = text.parse::<OwnerRule>();
             assert!(matches!(refused, Err(RuleError::Pattern { .. })), "{text}");
         }
@@ -183,6 +229,39 @@ mod tests {
             ("jupyter-alice\n", None),
         ] {
             assert_eq!(matched(regex.as_ref(), name), owner, "{name:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_label_or_annotation_of_the_pod_names_the_owner() -> Result<(), RuleError> {
+        let mut container = super::super::kind::tests::container();
+        let owner = |container: &_, rule: &str| -> Result<Option<String>, RuleError> {
+            Ok(rule.parse::<OwnerRule>()?.owner(container))
+        };
+        // What a process's image or spec says is no label of a pod.
+        container.spec.annotations = [("owner".to_owned(), "mallory".to_owned())].into();
+        assert_eq!(owner(&container, "label:owner")?, None);
+        assert_eq!(owner(&container, "annotation:owner")?, None);
+        container.pod = Some(Pod {
+            labels: [("owner".to_owned(), "alice".to_owned())].into(),
+            annotations: [
+                ("owner".to_owned(), "bob".to_owned()),
+                ("mail".to_owned(), "carol@example.org".to_owned()),
+            ]
+            .into(),
+            ..Pod::default()
+        });
+        for (rule, expected) in [
+            ("label:owner", Some("alice")),
+            ("label:owner:al(.+)", Some("ice")),
+            ("label:owner:x(.+)", None),
+            ("label:mail", None),
+            ("annotation:owner", Some("bob")),
+            ("annotation:mail", None),
+            ("annotation:mail:(.+)@example\\.org", Some("carol")),
+        ] {
+            assert_eq!(owner(&container, rule)?.as_deref(), expected, "{rule}");
         }
         Ok(())
     }

@@ -212,7 +212,8 @@ pub(in crate::cli) struct Work {
     /// Unique name of this node [default: the host name]
     #[arg(long, value_name = "NAME", help_heading = WORK)]
     pub(in crate::cli) node: Option<String>,
-    /// Rule for a session's owner: namespace[:PATTERN], pod:PATTERN, env:NAME or fixed:USER; the pattern's group is the user
+    /// Rule for a session's owner: namespace[:PATTERN], pod:PATTERN, label:KEY, annotation:KEY, env:NAME or fixed:USER; the
+    /// pattern's group is the user
     #[arg(long, value_name = "RULE", help_heading = WORK)]
     pub(in crate::cli) owner: Option<String>,
     /// Volumes that may be saved with a session: /PATH on the node or TYPE:SOURCE, with {user} for the session's owner;
@@ -339,8 +340,12 @@ credentials through a file descriptor. On SIGTERM the agent accepts no more save
   namespace              the pod's namespace
   namespace:user-(.+)    a part of it
   pod:jupyter-(.+)       a part of the pod's name
+  label:KEY[:PATTERN]    a label of the pod, or a part of it, as it was
+                         when the pod's sandbox was created
+  annotation:KEY[:PATTERN]  an annotation of the pod, in the same way
   env:JUPYTERHUB_USER    a variable of the container's environment, as started by the runtime
   fixed:alice            always this user
+Whoever creates a pod chooses its labels, annotations and variables: use only those that users cannot set themselves.
 
 Volumes are saved only if they match --allow-volume. They are read with the user, groups and capabilities of the
 session's first process; files that it may not read are left out with a warning.

@@ -1,5 +1,6 @@
 //! Reads what CRI, the Kubernetes interface of containerd, stores about a container and the sandbox of its pod.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -28,6 +29,12 @@ pub(super) struct CriSandbox {
 #[derive(Clone, Debug, Deserialize)]
 pub(super) struct CriConfig {
     pub(super) metadata: CriMetadata,
+    /// Labels; in the config of a sandbox, those of the pod.
+    #[serde(default)]
+    pub(super) labels: Option<BTreeMap<String, String>>,
+    /// Annotations; in the config of a sandbox, those of the pod.
+    #[serde(default)]
+    pub(super) annotations: Option<BTreeMap<String, String>>,
 }
 
 /// `ContainerMetadata` or `PodSandboxMetadata` of the CRI, as sent by the kubelet.

@@ -14,7 +14,7 @@ mod prove;
 mod record;
 mod snapshot;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 pub(super) use prove::prove;
@@ -23,7 +23,7 @@ use record::{Record, container_ids, record};
 use snapshot::{SnapshotId, chains_of, is_overlayfs, snapshots_of};
 
 use super::bolt;
-use super::bundle::Bundle;
+use super::bundle::{Bundle, bounded};
 use super::error::{Error, Problem};
 use super::recorded::{RecordedContainer, RecordedRoot};
 use super::roots::{ContainerdRoot, Roots, pid_file, read_dir};
@@ -129,11 +129,14 @@ fn names(record: &Record) -> Vec<String> {
 /// Returns the pod according to the records of the CRI plugin.
 fn pod(record: &Record) -> Option<Pod> {
     let (cri, pod) = (record.cri.as_ref()?, record.pod.as_ref()?);
+    let sandbox = &pod.metadata;
     Some(Pod {
-        namespace: pod.namespace.clone(),
-        name: pod.name.clone(),
+        namespace: sandbox.namespace.clone(),
+        name: sandbox.name.clone(),
         container: cri.config.metadata.name.clone(),
-        uid: Some(pod.uid.clone()).filter(|uid| !uid.is_empty()),
+        uid: Some(sandbox.uid.clone()).filter(|uid| !uid.is_empty()),
+        labels: bounded(pod.labels.clone()).unwrap_or_default(),
+        annotations: bounded(pod.annotations.clone()).unwrap_or_default(),
     })
 }
 
@@ -153,6 +156,8 @@ fn draft(
             name: annotation("io.kubernetes.cri.sandbox-name")?,
             container: annotation("io.kubernetes.cri.container-name").unwrap_or_default(),
             uid: None,
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
         })
     });
     let sandbox = record.sandbox

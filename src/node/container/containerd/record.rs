@@ -5,7 +5,7 @@ use std::path::Path;
 
 use oci_spec::image::Descriptor;
 
-use super::cri::{CriContainer, CriMetadata, CriSandbox, extension};
+use super::cri::{CriConfig, CriContainer, CriSandbox, extension};
 use super::protobuf::text;
 use crate::common::digest::Digest;
 use crate::node::container::bolt::{Bucket, Snapshot, Value};
@@ -24,7 +24,7 @@ pub(super) struct Record {
     /// Whether it is the sandbox of a pod.
     pub(super) sandbox: bool,
     /// CRI data of the pod's sandbox.
-    pub(super) pod: Option<CriMetadata>,
+    pub(super) pod: Option<CriConfig>,
 }
 
 /// An image record: a name and its target.
@@ -85,7 +85,7 @@ pub(super) fn record(
         labels: labels(&container)?,
         cri,
         sandbox,
-        pod: pod.map(|pod| pod.config.metadata),
+        pod: pod.map(|pod| pod.config),
     }))
 }
 
