@@ -211,6 +211,10 @@ fn assert_pod(node: &Node, id: &str, pid: u32) -> Container {
     );
     assert!(pod.uid.as_ref().unwrap().starts_with("u-17954739"));
     assert_eq!(
+        pod.labels.get("app").map(String::as_str),
+        Some("jupyterhub")
+    );
+    assert_eq!(
         container.image_name.as_deref(),
         Some("127.0.0.1:5000/library/pybase:1")
     );

@@ -7,6 +7,7 @@ pub(crate) mod doctor;
 mod exposition;
 mod health;
 pub mod job;
+pub mod kubernetes;
 pub(crate) mod log_limit;
 pub mod manager;
 pub mod portal;

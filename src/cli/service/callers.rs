@@ -4,11 +4,14 @@ use std::path::Path;
 
 use zeroize::Zeroizing;
 
-use crate::cli::args::service::{Callers, Serve};
+use crate::cli::args::service::{Callers, KubernetesPermission, Serve};
 use crate::cli::exit::Usage;
 use crate::cli::{secret as secrets, text};
+use crate::service::kubernetes;
 use crate::service::manager;
-use crate::service::manager::auth::{self, Claims, Groups, Jwt, Oidc, Proxies, Tokens};
+use crate::service::manager::auth::{
+    self, Claims, Groups, Jwt, Kubernetes, Oidc, Permission, Proxies, Tokens,
+};
 
 /// Returns the error for a required setting that is missing.
 pub(super) fn missing(flag: &str, what: &str) -> Usage {
@@ -43,6 +46,7 @@ pub(super) fn apply(serve: &Serve, options: &mut manager::Options) -> Result<(),
     let callers = &serve.callers;
     options.jwt = jwt(serve)?;
     options.oidc = oidc(serve)?;
+    options.kubernetes = kubernetes(callers)?;
     options.groups = groups(callers)?;
     options.proxies = proxies(callers)?;
     Ok(())
@@ -51,7 +55,8 @@ pub(super) fn apply(serve: &Serve, options: &mut manager::Options) -> Result<(),
 /// Returns whether no user could sign in.
 pub(super) fn lacks_callers(options: &manager::Options) -> bool {
     let without_tokens = options.jwt.is_none() && options.proxies.is_none();
-    options.tokens.is_empty() && without_tokens && options.oidc.is_none()
+    let without_provider = options.oidc.is_none() && options.kubernetes.is_none();
+    options.tokens.is_empty() && without_tokens && without_provider
 }
 
 /// Returns the claim with users' addresses, if there are e-mails.
@@ -120,6 +125,32 @@ fn oidc(serve: &Serve) -> Result<Option<Oidc>, Usage> {
         },
         redirect: redirect.ok_or_else(|| missing("public-url", "--oidc-issuer needs it"))?,
         lifetime: callers.oidc_session,
+    }))
+}
+
+/// Returns the settings for authentication by a Kubernetes cluster.
+fn kubernetes(callers: &Callers) -> Result<Option<Kubernetes>, Usage> {
+    if !callers.kubernetes_auth {
+        return Ok(None);
+    }
+    let mut audiences = callers.kubernetes_audience.clone();
+    if audiences.is_empty() {
+        audiences = vec![kubernetes::AUDIENCE.to_owned()];
+    }
+    // Without an audience, the API server would accept tokens that are meant for itself.
+    if audiences.iter().any(String::is_empty) {
+        return Err(Usage("--kubernetes-audience: it is empty".to_owned()));
+    }
+    let prefix = callers.kubernetes_user_prefix.clone();
+    Ok(Some(Kubernetes {
+        kubeconfig: callers.kubeconfig.clone(),
+        audiences,
+        permission: match callers.kubernetes_permission {
+            KubernetesPermission::Saves => Permission::Saves,
+            KubernetesPermission::Exec => Permission::Exec,
+        },
+        user_prefix: prefix.filter(|prefix| !prefix.is_empty()),
+        administrators: callers.administrator.clone(),
     }))
 }
 

@@ -212,7 +212,7 @@ pub(super) fn manager(args: &service::Manager) -> anyhow::Result<()> {
     if callers::lacks_callers(&options) {
         return Err(missing(
             "tokens-file",
-            "no user could sign in (--oidc-issuer, --jwks and --proxy-header are not given either)",
+            "no user could sign in (--oidc-issuer, --kubernetes-auth, --jwks and --proxy-header are not given either)",
         )
         .into());
     }
@@ -249,6 +249,7 @@ pub(super) fn reads_files_of_others(args: &service::Manager) -> bool {
         args.serve.mail.addresses_file.as_deref(),
         args.serve.mail.smtp_password_file.as_deref(),
         args.serve.mail.smtp_ca_file.as_deref(),
+        args.serve.callers.kubeconfig.as_deref(),
         args.push.creds_file.as_deref(),
         args.push.authfile.as_deref(),
         args.push.cert_dir.as_deref(),

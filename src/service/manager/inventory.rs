@@ -6,10 +6,13 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::extract::State as Extracted;
+use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::Mutex;
+use utoipa::IntoParams;
 
 use super::App;
+use super::access::Reach;
 use super::api::{NodeView, Nodes, SessionView, Sessions, Which};
 use super::auth::Caller;
 use super::extract::QueryParams;
@@ -212,15 +215,31 @@ pub(super) fn other_tag(now_ms: i64) -> String {
 }
 
 /// Returns the one session that `which` selects among those that `caller` may save.
-pub(super) fn find<'a>(
+pub(super) async fn find<'a>(
+    app: &App,
     sessions: &'a [Session],
     caller: &Caller,
     which: &Which,
 ) -> Result<&'a Session, Refusal> {
-    let mine = |session: &&Session| {
-        caller.administrator
-            || (session.owner.is_some() && session.owner.as_deref() == caller.user.as_deref())
-    };
+    let may_be = sessions.iter().filter(|session| match which {
+        Which::Id(id) => {
+            let prefix = id.len() >= MIN_PREFIX && session.id.starts_with(id.as_str());
+            session.id == *id || prefix || session.container.as_ref() == Some(id)
+        }
+        Which::Pod { namespace, .. } => session.namespace.as_ref() == Some(namespace),
+    });
+    let reach = Reach::of(app, caller, may_be).await?;
+    find_within(sessions, caller, &reach, which)
+}
+
+/// Returns the one session that `which` selects among those that `caller` may save, according to `reach`.
+fn find_within<'a>(
+    sessions: &'a [Session],
+    caller: &Caller,
+    reach: &Reach,
+    which: &Which,
+) -> Result<&'a Session, Refusal> {
+    let mine = |session: &&Session| reach.covers(caller, session);
     let found: Vec<&Session> = match which {
         Which::Id(id) => {
             if id.is_empty() || id.len() > 128 || !id.bytes().all(|b| b.is_ascii_graphic()) {
@@ -270,15 +289,30 @@ pub(super) fn find<'a>(
     }
 }
 
-/// Returns the running containers that the caller may save. Administrators see all of them.
+/// Selects sessions.
+#[derive(Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct SessionQuery {
+    /// Only those of pods in this namespace.
+    namespace: Option<String>,
+    /// Maximum number of entries, 1 to 500.
+    #[param(minimum = 1, maximum = 500)]
+    limit: Option<u32>,
+    /// The value of `next` in the previous page.
+    cursor: Option<String>,
+}
+
+/// Returns the running containers that the caller may save. Administrators see all of them; a user of a Kubernetes cluster,
+/// those in the namespaces where the cluster permits it.
 #[utoipa::path(
-    get, path = "/api/v1/sessions", tag = "sessions", params(PageQuery),
+    get, path = "/api/v1/sessions", tag = "sessions", params(SessionQuery),
     responses((status = 200, body = Sessions, description = "The sessions that the caller may save"), Refusal)
 )]
 pub(super) async fn sessions(
     Extracted(app): Extracted<App>,
     caller: Caller,
-    QueryParams(asked): QueryParams<PageQuery>,
+    QueryParams(asked): QueryParams<SessionQuery>,
 ) -> Result<Listed<Sessions>, Refusal> {
     let limit = limit(asked.limit, MAX_LIMIT)?;
     if !caller.administrator {
@@ -295,12 +329,15 @@ pub(super) async fn sessions(
         .map(|open| (open.session, open.id))
         .collect();
     let now = now_ms();
+    let asked_for = |session: &&Session| {
+        let namespace = asked.namespace.as_ref();
+        namespace.is_none_or(|asked| session.namespace.as_ref() == Some(asked))
+    };
+    let all: Vec<&Session> = all.iter().filter(asked_for).collect();
+    let reach = Reach::of(&app, &caller, all.iter().copied()).await?;
     let sessions = all
-        .iter()
-        .filter(|s| {
-            caller.administrator
-                || (s.owner.is_some() && s.owner.as_deref() == caller.user.as_deref())
-        })
+        .into_iter()
+        .filter(|session| reach.covers(&caller, session))
         .map(|session| SessionView {
             id: session.id.clone(),
             node: session.node.clone(),
@@ -410,6 +447,7 @@ mod tests {
             via: super::super::auth::Via::Token,
             groups: Vec::new(),
             email: None,
+            subject: None,
         }
     }
 
@@ -485,16 +523,19 @@ mod tests {
         let id = |text: &str| Which::Id(text.to_owned());
         let alice = caller(Some("alice"), false);
         let nobody = caller(None, false);
-        assert!(find(&all, &alice, &id(&"ab".repeat(32))).is_ok());
-        assert!(find(&all, &alice, &id(&"ab".repeat(6))).is_ok());
+        assert!(find_within(&all, &alice, &Reach::Owned, &id(&"ab".repeat(32))).is_ok());
+        assert!(find_within(&all, &alice, &Reach::Owned, &id(&"ab".repeat(6))).is_ok());
         for which in [
             id("ababab"),
             id(&"ac".repeat(32)),
             id(&"ad".repeat(32)),
             id(""),
         ] {
-            assert!(find(&all, &alice, &which).is_err(), "{which:?}");
-            assert!(find(&all, &nobody, &which).is_err());
+            assert!(
+                find_within(&all, &alice, &Reach::Owned, &which).is_err(),
+                "{which:?}"
+            );
+            assert!(find_within(&all, &nobody, &Reach::Owned, &which).is_err());
         }
         let named = |session: Session| Session {
             namespace: None,
@@ -506,11 +547,15 @@ mod tests {
             named(session("ae", Some("alice"), None)),
             named(session("af", Some("bob"), None)),
         ];
-        let found = find(&labs, &alice, &id("lab")).map(|session| session.id.clone());
+        let found =
+            find_within(&labs, &alice, &Reach::Owned, &id("lab")).map(|session| session.id.clone());
         assert_eq!(found.ok(), Some("ae".repeat(32)));
-        assert!(find(&labs, &caller(None, true), &id("lab")).is_err(), "two");
         assert!(
-            find(&all, &alice, &id("nb")).is_err(),
+            find_within(&labs, &caller(None, true), &Reach::Owned, &id("lab")).is_err(),
+            "two"
+        );
+        assert!(
+            find_within(&all, &alice, &Reach::Owned, &id("nb")).is_err(),
             "a container of a pod"
         );
         let pod = Which::Pod {
@@ -518,10 +563,10 @@ mod tests {
             pod: "pod".into(),
             container: None,
         };
-        assert!(find(&all, &alice, &pod).is_ok());
-        assert!(find(&all, &nobody, &pod).is_err());
+        assert!(find_within(&all, &alice, &Reach::Owned, &pod).is_ok());
+        assert!(find_within(&all, &nobody, &Reach::Owned, &pod).is_err());
         let admin = caller(None, true);
-        assert!(find(&all, &admin, &id(&"ad".repeat(32))).is_ok());
-        assert!(find(&all, &admin, &pod).is_err());
+        assert!(find_within(&all, &admin, &Reach::Owned, &id(&"ad".repeat(32))).is_ok());
+        assert!(find_within(&all, &admin, &Reach::Owned, &pod).is_err());
     }
 }

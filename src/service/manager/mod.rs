@@ -4,6 +4,7 @@
 //! A manager keeps no state that another manager or its successor would need: an accepted request is in the record
 //! before it is answered, and everything else follows from the record.
 
+mod access;
 pub mod api;
 pub mod auth;
 mod conditional;
@@ -157,11 +158,16 @@ impl Server {
                 (Bound::Unix(listener, path.clone()), None)
             }
         };
+        let cluster = match &options.kubernetes {
+            Some(settings) => Some(auth::Cluster::new(settings.clone()).await?),
+            None => None,
+        };
         let authenticator = auth::Authenticator::new(
             auth::Ways {
                 tokens: options.tokens.clone(),
                 jwt: options.jwt.clone(),
                 oidc: options.oidc.clone(),
+                cluster,
                 proxies: options.proxies.clone(),
                 groups: options.groups.clone(),
                 addresses: options.addresses.clone(),

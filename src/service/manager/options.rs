@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use reqwest::Url;
 
-use super::auth::{Addresses, Groups, Jwt, Oidc, Proxies, Tokens};
+use super::auth::{Addresses, Groups, Jwt, Kubernetes, Oidc, Proxies, Tokens};
 use super::cors::WebOrigin;
 use super::mail::Mail;
 use super::target::Template;
@@ -104,6 +104,8 @@ pub struct Options {
     pub jwt: Option<Jwt>,
     /// Sign-in of browsers with an identity provider; `None` disables it.
     pub oidc: Option<Oidc>,
+    /// Authentication and permissions by a Kubernetes cluster; `None` disables it.
+    pub kubernetes: Option<Kubernetes>,
     /// Groups of users, in addition to those that the identity provider or the proxy states.
     pub groups: Groups,
     /// E-mail addresses of users, in addition to those that the identity provider or the proxy states.
@@ -173,6 +175,7 @@ impl Options {
             tokens: Tokens::default(),
             jwt: None,
             oidc: None,
+            kubernetes: None,
             groups: Groups::default(),
             addresses: Addresses::default(),
             proxies: None,

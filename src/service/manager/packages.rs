@@ -93,7 +93,7 @@ pub(super) async fn of_session(
         caller.require_user()?;
     }
     let all = app.inventory.sessions(&app.queue).await?;
-    let session = inventory::find(&all, &caller, &Which::Id(id))?;
+    let session = inventory::find(&app, &all, &caller, &Which::Id(id)).await?;
     let none = || Refusal::not_found("the node has not looked into this session yet");
     Ok(Json(PackageList {
         base: session.image.clone(),

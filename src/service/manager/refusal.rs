@@ -260,6 +260,11 @@ impl From<Rejected> for Refusal {
             Rejected::Unavailable(_) => Self::unavailable(
                 "the identity provider's keys are being fetched; try again in a moment",
             ),
+            // Logged with its cause by the authenticator, at a limited rate.
+            Rejected::Cluster => Self::unavailable(
+                "the Kubernetes API server does not say who you are and what you may do; try again in a moment",
+            ),
+            Rejected::Busy => Self::too_many("too many unknown tokens come from this address", 1),
             Rejected::Record(message) => {
                 // The background work logs the failure; logging it here would add a line for each request.
                 tracing::debug!(error = %message, "the record does not answer");

@@ -9,7 +9,7 @@ use sha2::{Digest as _, Sha256};
 use utoipa::IntoParams;
 
 use super::App;
-use super::api::{Audit, AuditLine, Save as Shown, SaveRequest, Saves};
+use super::api::{Audit, AuditLine, Replace, Save as Shown, SaveRequest, Saves};
 use super::auth::Caller;
 use super::extract::{Body, Path, QueryParams, parse_job_id};
 use super::inventory::{find, session_name, sessions_to_save, suggested_name};
@@ -19,7 +19,7 @@ use super::refusal::Refusal;
 use super::replace::{Image, check_again, choose_tag};
 use super::time::rfc3339;
 use super::views::{show, show_all};
-use crate::service::job::{JobId, SaveOptions, State, now_ms};
+use crate::service::job::{JobId, SaveOptions, Session, State, now_ms};
 use crate::service::queue::Withdrawn;
 use crate::service::record::{Draft, Filter, Request, Save, Submitted, UserLimits};
 
@@ -43,7 +43,7 @@ pub(super) async fn get(app: &App, caller: &Caller, id: &str) -> Result<Save, Re
     }
     let found = app.record.save(parse_job_id(id)?).await?;
     found
-        .filter(|save| caller.may_access(&save.user))
+        .filter(|save| caller.may_access(&save.user) || caller.asked_for(save))
         .ok_or_else(|| Refusal::not_found("there is no such save"))
 }
 
@@ -188,7 +188,8 @@ pub(super) async fn submit(
         return repeated(&app, &caller, save).await;
     }
     let sessions = sessions_to_save(&app).await?;
-    let session = find(&sessions, &caller, &body.session)?;
+    let session = find(&app, &sessions, &caller, &body.session).await?;
+    check_replace(&caller, session, &body.replace)?;
     let user = match (&session.owner, &caller.user) {
         (Some(owner), _) => owner.clone(),
         (None, Some(own)) => own.clone(),
@@ -299,8 +300,21 @@ pub(super) async fn submit(
     }
 }
 
+/// Checks what a user of a Kubernetes cluster who may save the sessions of others may replace: permissions there are on
+/// sessions, not on the images of their owners.
+fn check_replace(caller: &Caller, session: &Session, replace: &Replace) -> Result<(), Refusal> {
+    let owner = session.owner.as_deref();
+    let own = owner.is_none() || owner == caller.user.as_deref();
+    if caller.subject.is_none() || own || matches!(replace, Replace::Never | Replace::Own) {
+        return Ok(());
+    }
+    Err(Refusal::forbidden(
+        "the session belongs to another user: of that user's images, only an earlier save of it can be replaced (own)",
+    ))
+}
+
 async fn repeated(app: &App, caller: &Caller, save: Save) -> Result<Response, Refusal> {
-    if !caller.may_access(&save.user) {
+    if !caller.may_access(&save.user) && !caller.asked_for(&save) {
         return Err(Refusal::invalid(
             "Idempotency-Key",
             "this key was used for another request",

@@ -46,13 +46,19 @@ pub(super) async fn sign_in(
 ) -> Result<Response, Refusal> {
     let headers = request.headers().clone();
     app.authenticator.check_same_origin(&headers)?;
-    let bearer = app.authenticator.bearer(&headers).await?;
+    let bearer = app.authenticator.bearer(&headers, peer).await?;
     app.rates.take(&bearer.caller.name)?;
     // The body is read only after authentication.
     let Body(asked) = Body::<Asked>::from_request(request, &app).await?;
     if bearer.role == Role::Portal {
         return Err(Refusal::forbidden(
             "this token acts for users: it is for programs, not to sign in with",
+        ));
+    }
+    if bearer.caller.subject.is_some() {
+        // A sign-in would outlive the token and the cluster's permissions.
+        return Err(Refusal::forbidden(
+            "a token of the Kubernetes cluster is for programs: it is asked about with each request, and cannot sign in",
         ));
     }
     establish(

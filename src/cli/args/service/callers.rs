@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, ValueHint};
+use clap::{Args, ValueEnum, ValueHint};
 
 use super::super::value::{duration, key_value};
 use super::CALLERS;
@@ -63,6 +63,23 @@ pub(in crate::cli) struct Callers {
     /// Time after which a user has to sign in again
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "12h", help_heading = CALLERS)]
     pub(in crate::cli) oidc_session: Duration,
+    /// Accept the tokens of users and service accounts of a Kubernetes cluster, and let its permissions decide which
+    /// sessions they may save
+    #[arg(long, help_heading = CALLERS)]
+    pub(in crate::cli) kubernetes_auth: bool,
+    /// Audience of which those tokens have to have one; may be repeated [default: upperdeck]
+    #[arg(long, value_name = "AUDIENCE", help_heading = CALLERS)]
+    pub(in crate::cli) kubernetes_audience: Vec<String>,
+    /// What a user needs in the namespace of a session to save it: 'create' on saves.upperdeck.io, or on pods/exec
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = KubernetesPermission::Saves, help_heading = CALLERS)]
+    pub(in crate::cli) kubernetes_permission: KubernetesPermission,
+    /// Prefix of users' names in the cluster, e.g. oidc:, that they do not have here; users without it are refused, but for
+    /// service accounts
+    #[arg(long, value_name = "TEXT", help_heading = CALLERS)]
+    pub(in crate::cli) kubernetes_user_prefix: Option<String>,
+    /// Kubeconfig with which the manager asks the API server [default: the service account of the manager's pod]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = CALLERS)]
+    pub(in crate::cli) kubeconfig: Option<PathBuf>,
     /// TOML file with groups of users: a table [groups] with NAME = ["USER", …]
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = CALLERS)]
     pub(in crate::cli) groups_file: Option<PathBuf>,
@@ -82,4 +99,13 @@ pub(in crate::cli) struct Callers {
     /// --connections-per-peer; may be repeated
     #[arg(long, value_name = "CIDR", help_heading = CALLERS)]
     pub(in crate::cli) proxy_from: Vec<String>,
+}
+
+/// `--kubernetes-permission`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(in crate::cli) enum KubernetesPermission {
+    /// create on saves.upperdeck.io; on saves/own, for the user's own sessions
+    Saves,
+    /// create on pods/exec
+    Exec,
 }

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum, ValueHint};
 
-pub(in crate::cli) use callers::Callers;
+pub(in crate::cli) use callers::{Callers, KubernetesPermission};
 pub(in crate::cli) use doctor::Doctor;
 pub(in crate::cli) use job::{Job, JobSubmit};
 pub(in crate::cli) use mail::Mail;

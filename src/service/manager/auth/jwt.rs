@@ -211,6 +211,13 @@ fn has_conditions(token: &str) -> bool {
     head.is_none_or(|head| head.contains_key("crit") || head.contains_key("b64"))
 }
 
+/// Returns the issuer that a token states, which is not verified.
+pub(super) fn issuer(token: &str) -> Option<String> {
+    let claims = URL_SAFE_NO_PAD.decode(token.split('.').nth(1)?).ok()?;
+    let claims: Value = serde_json::from_slice(&claims).ok()?;
+    Some(claims.get("iss")?.as_str()?.to_owned())
+}
+
 async fn read_file(path: &std::path::Path) -> Result<String, String> {
     use tokio::io::AsyncReadExt as _;
     let file = tokio::fs::File::open(path)

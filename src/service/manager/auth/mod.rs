@@ -1,14 +1,15 @@
 //! Authentication and permissions of callers.
 //!
 //! Every request passes the `Authenticator`. The module `tokens` verifies the API's own tokens, `jwt` those of an identity
-//! provider, `proxy` the header of a trusted proxy, and `cookie` the sign-ins of browsers. `oidc` signs in with an identity
-//! provider. `claims` reads what they say of a user.
+//! provider, `kubernetes` those of a cluster's users and service accounts, `proxy` the header of a trusted proxy, and
+//! `cookie` the sign-ins of browsers. `oidc` signs in with an identity provider. `claims` reads what they say of a user.
 
 mod claims;
 mod cookie;
 mod email;
 mod http;
 mod jwt;
+mod kubernetes;
 mod oidc;
 mod proxy;
 mod sealed;
@@ -25,6 +26,7 @@ pub use crate::service::connections::Range;
 pub use claims::{Claims, Groups};
 pub use email::Addresses;
 pub use jwt::{Jwt, Keys};
+pub use kubernetes::{Kubernetes, Permission};
 pub use oidc::Oidc;
 pub use proxy::Proxies;
 pub use tokens::{Role, Tokens};
@@ -38,6 +40,8 @@ use crate::service::record::{self, Record, SignIn};
 
 pub(super) use claims::{as_text, is_group};
 pub(super) use cookie::{Cookie, digest, secret};
+pub(crate) use kubernetes::Subject;
+pub(super) use kubernetes::{Cluster, Grant};
 pub(super) use oidc::{Answer, Complete, FLOW_S, Failed, Provider};
 pub(super) use sealed::{open, seal};
 
@@ -47,6 +51,9 @@ pub(crate) const USER_HEADER: HeaderName = HeaderName::from_static("upperdeck-us
 pub(crate) const REQUEST_HEADER: HeaderName = HeaderName::from_static("upperdeck-request");
 /// Header with the key that the page received at sign-in. The cookie is not accepted without it.
 pub(crate) const PAGE_HEADER: HeaderName = HeaderName::from_static("upperdeck-page");
+/// Header for the token of a request that comes through the service proxy of a Kubernetes API server, which removes
+/// `Authorization`.
+pub(crate) const TOKEN_HEADER: HeaderName = HeaderName::from_static("upperdeck-authorization");
 /// Maximum length of a token in bytes; tokens of identity providers grow with the number of a user's groups.
 const MAX_TOKEN: usize = 16 << 10;
 
@@ -70,6 +77,9 @@ pub enum AuthError {
     /// The e-mail addresses of users are invalid.
     #[error("addresses: {0}")]
     Addresses(String),
+    /// The Kubernetes cluster cannot be asked about its users.
+    #[error("users of the Kubernetes cluster: {0}")]
+    Kubernetes(String),
     /// The settings of the identity provider for signing in are invalid.
     #[error("sign-in with an identity provider: {0}")]
     Oidc(String),
@@ -84,8 +94,8 @@ pub enum AuthError {
 /// An authenticated caller.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Caller {
-    /// Name for the audit log and idempotency keys: `token:NAME`, `jwt:USER`, `oidc:USER` or `proxy:USER`, with the
-    /// suffix ` for USER` if it acts for a user.
+    /// Name for the audit log and idempotency keys: `token:NAME`, `jwt:USER`, `oidc:USER`, `proxy:USER` or
+    /// `kubernetes:USER` (the user's name in the cluster), with the suffix ` for USER` if it acts for a user.
     pub(crate) name: String,
     /// User that the caller acts as; `None` for a portal that names no user, or an administrator without a user name.
     pub(crate) user: Option<String>,
@@ -97,6 +107,8 @@ pub(crate) struct Caller {
     pub(crate) groups: Vec<String>,
     /// E-mail address of the user, as the administrator, the identity provider or the proxy states it.
     pub(crate) email: Option<String>,
+    /// The user of a Kubernetes cluster; its permissions there decide which sessions the caller may save.
+    pub(crate) subject: Option<Arc<Subject>>,
 }
 
 /// How a caller was authenticated.
@@ -132,6 +144,10 @@ pub(crate) enum Rejected {
     Forbidden(&'static str),
     /// The identity provider's keys are temporarily unavailable.
     Unavailable(String),
+    /// The Kubernetes API server gives no answer.
+    Cluster,
+    /// Too many unknown tokens came from the address of the request.
+    Busy,
     /// The record cannot be read.
     Record(String),
 }
@@ -148,6 +164,7 @@ pub(super) struct Authenticator {
     jwt: Option<(Jwt, Arc<KeySet>)>,
     proxies: Option<Proxies>,
     oidc: Option<Oidc>,
+    cluster: Option<Cluster>,
     groups: Groups,
     addresses: Addresses,
     origin: Option<String>,
@@ -156,7 +173,7 @@ pub(super) struct Authenticator {
 }
 
 /// The ways to authenticate that are set up.
-#[derive(Clone, Debug, Default)]
+#[derive(Default)]
 pub(super) struct Ways {
     /// API tokens.
     pub(super) tokens: Tokens,
@@ -164,6 +181,8 @@ pub(super) struct Ways {
     pub(super) jwt: Option<Jwt>,
     /// Sign-in with an identity provider; `None` disables it.
     pub(super) oidc: Option<Oidc>,
+    /// Authentication by a Kubernetes cluster; `None` disables it.
+    pub(super) cluster: Option<Cluster>,
     /// Authentication by a header that a trusted proxy sets after it has authenticated the user; `None`: the header is
     /// ignored.
     pub(super) proxies: Option<Proxies>,
@@ -189,6 +208,7 @@ impl Authenticator {
             jwt,
             proxies: ways.proxies,
             oidc: ways.oidc,
+            cluster: ways.cluster,
             groups: ways.groups,
             addresses: ways.addresses,
             origin: public_url.and_then(origin_of),
@@ -202,8 +222,16 @@ impl Authenticator {
         !self.tokens.is_empty() || self.jwt.is_some()
     }
 
-    /// Fetches the key set once, so that wrong settings are detected at startup.
+    /// Returns the Kubernetes cluster whose users are authenticated.
+    pub(super) fn cluster(&self) -> Option<&Cluster> {
+        self.cluster.as_ref()
+    }
+
+    /// Fetches the key set and asks the cluster once, so that wrong settings are detected at startup.
     pub(super) async fn check(&self) -> Result<(), AuthError> {
+        if let Some(cluster) = &self.cluster {
+            cluster.check().await?;
+        }
         match &self.jwt {
             Some((_, keys)) => keys.read().await,
             None => Ok(()),
@@ -219,18 +247,19 @@ impl Authenticator {
         changes: bool,
         events: bool,
     ) -> Result<Caller, Rejected> {
-        let (found, ambient) = if headers.contains_key(header::AUTHORIZATION) {
-            let bearer = self.bearer(headers).await?;
-            ((bearer.role, bearer.caller), false)
-        } else if let Some(found) = self.by_proxy(headers, peer)? {
-            (found, true)
-        } else if let Some(found) = self.by_cookie(headers, events).await? {
-            (found, true)
-        } else {
-            return Err(Rejected::Unknown(
-                "say who you are: Authorization: Bearer TOKEN",
-            ));
-        };
+        let (found, ambient) =
+            if headers.contains_key(header::AUTHORIZATION) || headers.contains_key(TOKEN_HEADER) {
+                let bearer = self.bearer(headers, peer).await?;
+                ((bearer.role, bearer.caller), false)
+            } else if let Some(found) = self.by_proxy(headers, peer)? {
+                (found, true)
+            } else if let Some(found) = self.by_cookie(headers, events).await? {
+                (found, true)
+            } else {
+                return Err(Rejected::Unknown(
+                    "say who you are: Authorization: Bearer TOKEN",
+                ));
+            };
         // Credentials that a browser adds by itself do not tell which page made the request.
         if ambient && changes {
             self.check_same_origin(headers)?;
@@ -307,19 +336,14 @@ impl Authenticator {
         }
     }
 
-    /// Authenticates by the token of the request.
-    pub(super) async fn bearer(&self, headers: &HeaderMap) -> Result<Bearer, Rejected> {
+    /// Authenticates by the token of the request, which comes from `peer`.
+    pub(super) async fn bearer(
+        &self,
+        headers: &HeaderMap,
+        peer: Option<IpAddr>,
+    ) -> Result<Bearer, Rejected> {
         const WRONG: Rejected = Rejected::Unknown("the token is not valid, or not any more");
-        let mut said = headers.get_all(header::AUTHORIZATION).iter();
-        let token = said
-            .next()
-            .filter(|_| said.next().is_none())
-            .and_then(|text| text.to_str().ok())
-            .and_then(|text| {
-                let (scheme, token) = text.split_once(' ')?;
-                scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
-            })
-            .ok_or(Rejected::Unknown("Authorization has no Bearer token"))?;
+        let token = token_of(headers)?;
         if token.is_empty() || token.len() > MAX_TOKEN {
             return Err(WRONG);
         }
@@ -332,21 +356,34 @@ impl Authenticator {
                 expires_ms: None,
             });
         }
-        match &self.jwt {
-            Some((jwt, keys)) if token.bytes().filter(|&b| b == b'.').count() == 2 => {
-                let claims = keys.claims(jwt, token).await?.ok_or(WRONG)?;
-                let identity = jwt.claims.identity(&claims)?;
-                let (role, caller) = caller_named(Via::Token, "jwt", identity);
-                let ends = claims.get("exp").and_then(Value::as_f64);
-                Ok(Bearer {
-                    role,
-                    caller,
-                    basis: format!("jwt:{}", jwt.issuer),
-                    expires_ms: Some(ends.map_or(0, |seconds| (seconds * 1000.0) as i64)),
-                })
-            }
-            _ => Err(WRONG),
+        let jwt = self.jwt.as_ref().filter(|(jwt, _)| {
+            token.bytes().filter(|&b| b == b'.').count() == 2
+                // The tokens of two issuers differ in nothing else, and none is shown to the other.
+                && (self.cluster.is_none() || jwt::issuer(token).as_ref() == Some(&jwt.issuer))
+        });
+        if let Some((jwt, keys)) = jwt {
+            let claims = keys.claims(jwt, token).await?.ok_or(WRONG)?;
+            let identity = jwt.claims.identity(&claims)?;
+            let (role, caller) = caller_named(Via::Token, "jwt", identity);
+            let ends = claims.get("exp").and_then(Value::as_f64);
+            return Ok(Bearer {
+                role,
+                caller,
+                basis: format!("jwt:{}", jwt.issuer),
+                expires_ms: Some(ends.map_or(0, |seconds| (seconds * 1000.0) as i64)),
+            });
         }
+        let cluster = self.cluster.as_ref().ok_or(WRONG)?;
+        let found = cluster.review(token, peer).await?.ok_or(WRONG)?;
+        let (role, mut caller) = caller_named(Via::Token, "kubernetes", found.identity);
+        caller.name = format!("kubernetes:{}", found.subject.name());
+        caller.subject = Some(found.subject);
+        Ok(Bearer {
+            role,
+            caller,
+            basis: "kubernetes".to_owned(),
+            expires_ms: None,
+        })
     }
 
     /// Authenticates by the header of a proxy. Returns `None` if there is no such header.
@@ -429,6 +466,20 @@ impl Authenticator {
     }
 }
 
+/// Returns the bearer token of a request.
+fn token_of(headers: &HeaderMap) -> Result<&str, Rejected> {
+    let own = headers.get_all(header::AUTHORIZATION).iter();
+    let mut said = own.chain(headers.get_all(TOKEN_HEADER).iter());
+    said.next()
+        .filter(|_| said.next().is_none())
+        .and_then(|text| text.to_str().ok())
+        .and_then(|text| {
+            let (scheme, token) = text.split_once(' ')?;
+            scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+        })
+        .ok_or(Rejected::Unknown("Authorization has no Bearer token"))
+}
+
 /// Returns whether a request contains the page key of this sign-in.
 fn has_page_key(headers: &HeaderMap, found: &SignIn) -> bool {
     let mut keys = headers.get_all(PAGE_HEADER).iter();
@@ -447,6 +498,7 @@ fn caller_of_token(token: &tokens::Token) -> (Role, Caller) {
         via: Via::Token,
         groups: Vec::new(),
         email: None,
+        subject: None,
     };
     (token.role, caller)
 }
@@ -464,6 +516,7 @@ fn caller_named(via: Via, by: &str, identity: Identity) -> (Role, Caller) {
         via,
         groups: identity.groups,
         email: identity.email,
+        subject: None,
     };
     (role, caller)
 }
@@ -507,6 +560,7 @@ fn apply_user_header(
             // What the credential says is about the caller, not about the user.
             caller.groups.clear();
             caller.email = None;
+            caller.subject = None;
             // A caller that acts for a user has only that user's permissions.
             caller.administrator = false;
         }

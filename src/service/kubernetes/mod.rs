@@ -1,0 +1,49 @@
+//! The Kubernetes API, as the manager and `kubectl upperdeck` use it.
+
+use std::path::Path;
+use std::time::Duration;
+
+use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
+use kube::{Client, Config};
+
+/// API group of the resources that permissions to save are granted on.
+pub const GROUP: &str = "upperdeck.io";
+/// Default audience of the tokens that are sent to a manager.
+pub const AUDIENCE: &str = "upperdeck";
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why the API server cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kubeconfig cannot be read.
+    #[error("the kubeconfig: {0}")]
+    Kubeconfig(#[from] KubeconfigError),
+    /// There is no service account of a pod.
+    #[error("no kubeconfig is named, and there is no service account of a pod here: {0}")]
+    InCluster(#[from] kube::config::InClusterError),
+    /// The settings cannot be used.
+    #[error("the Kubernetes API: {0}")]
+    Client(#[from] kube::Error),
+}
+
+/// Returns the settings for a server: those of `kubeconfig`, or of the service account of its pod. A kubeconfig that starts
+/// a program for its credentials cannot be used by a manager, which may start none.
+pub(crate) async fn server_config(kubeconfig: Option<&Path>) -> Result<Config, Error> {
+    let mut config = match kubeconfig {
+        Some(file) => {
+            let file = Kubeconfig::read_from(file)?;
+            Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?
+        }
+        None => Config::incluster()?,
+    };
+    config.connect_timeout = Some(CONNECT_TIMEOUT);
+    Ok(config)
+}
+
+/// Creates a client.
+pub(crate) fn client(config: Config) -> Result<Client, Error> {
+    // Both this program and the crate choose the provider of the process; whoever is first has the same choice.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    Ok(Client::try_from(config)?)
+}
