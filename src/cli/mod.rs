@@ -148,9 +148,10 @@ fn start_log(global: &Global) -> Result<(), Usage> {
     let filter = match (&global.log, global.verbose) {
         (Some(filter), 0) => filter.as_str(),
         // That a manager or an agent is ready is also said without --log.
-        (None, 0) => "warn,upperdeck::service::ready=info",
-        (_, 1) => "warn,upperdeck=info",
-        (_, 2) => "warn,upperdeck=debug",
+        (None, 0) => "warn,kube_client=off,upperdeck::service::ready=info",
+        // The crate logs each failed request as an error, without a limit; this program says what follows from it.
+        (_, 1) => "warn,kube_client=off,upperdeck=info",
+        (_, 2) => "warn,kube_client=off,upperdeck=debug",
         _ => "debug,upperdeck=trace",
     };
     let filter =

@@ -8,6 +8,9 @@ mod fuzz;
 mod http;
 mod jobs;
 mod mail;
+mod kubernetes;
+#[path = "../support/kubernetes.rs"]
+mod kubernetes_api;
 mod metrics;
 mod oidc;
 mod openapi;

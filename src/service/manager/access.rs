@@ -41,7 +41,7 @@ impl Reach {
             .filter(|namespace| !namespace.is_empty())
             .collect();
         // Someone who may do it everywhere is asked about once.
-        if namespaces.len() > 1 && cluster.grant(subject, "").await? == Grant::All {
+        if namespaces.len() > 1 && cluster.grants_all(subject).await? {
             let everywhere = namespaces.into_iter().map(|name| (name, Grant::All));
             return Ok(Self::Granted(everywhere.collect()));
         }

@@ -253,7 +253,13 @@ impl Cluster {
         })
     }
 
-    /// Returns which sessions of a namespace a user may save; an empty namespace stands for all.
+    /// Returns whether a user may save the sessions of all namespaces.
+    pub(in super::super) async fn grants_all(&self, subject: &Subject) -> Result<bool, Rejected> {
+        self.allowed(access_review(subject, self.settings.permission, "", None))
+            .await
+    }
+
+    /// Returns which sessions of a namespace a user may save.
     pub(in super::super) async fn grant(
         &self,
         subject: &Subject,
