@@ -1,5 +1,7 @@
 //! The Kubernetes API, as the manager and `kubectl upperdeck` use it.
 
+pub mod crd;
+
 use std::path::Path;
 use std::time::Duration;
 

@@ -24,6 +24,11 @@ pub(super) enum Reach {
 }
 
 impl Reach {
+    /// All sessions of one namespace.
+    pub(super) fn namespace(namespace: &str) -> Self {
+        Self::Granted([(namespace.to_owned(), Grant::All)].into())
+    }
+
     /// Finds out which of these sessions `caller` may save.
     ///
     /// Fails if the cluster does not answer, and if it would have to be asked about too many namespaces.

@@ -233,7 +233,7 @@ pub(super) async fn find<'a>(
 }
 
 /// Returns the one session that `which` selects among those that `caller` may save, according to `reach`.
-fn find_within<'a>(
+pub(super) fn find_within<'a>(
     sessions: &'a [Session],
     caller: &Caller,
     reach: &Reach,

@@ -30,6 +30,7 @@ mod problem;
 mod refusal;
 mod rename;
 mod replace;
+mod resources;
 mod routes;
 mod saves;
 mod sharing;
@@ -61,6 +62,7 @@ use crate::service::connections::{self, Bound};
 pub use self::cors::WebOrigin;
 pub use self::mail::{Encryption, Mail, MailError, SmtpServer};
 pub use self::options::{Listen, Options, Rate, check_sender, check_start_url, check_webhook};
+pub use self::resources::Resources;
 pub use self::routes::description;
 pub use self::webhooks::{Secrets, Webhooks};
 pub use crate::service::connections::{ConnectionLimits, raise_open_files};
@@ -82,6 +84,9 @@ pub enum Error {
     /// The settings for authentication are invalid.
     #[error(transparent)]
     Auth(#[from] auth::AuthError),
+    /// The Kubernetes cluster's `Save` resources cannot be followed.
+    #[error("Save resources: {0}")]
+    Resources(#[from] crate::service::kubernetes::Error),
     /// The record cannot be used.
     #[error(transparent)]
     Record(#[from] record::Error),
@@ -107,6 +112,8 @@ struct Inner {
     authenticator: auth::Authenticator,
     /// The identity provider that signs users in.
     provider: Option<auth::Provider>,
+    /// Follows `Save` resources of a Kubernetes cluster.
+    controller: Option<resources::Controller>,
     connections: connections::ConnectionTable,
     /// Counts of requests and event streams in progress.
     requests: Arc<connections::UserCounter>,
@@ -184,6 +191,10 @@ impl Server {
         let mailer = mailer
             .map(|mail| mail::Mailer::new(mail, page))
             .transpose()?;
+        let controller = match &options.resources {
+            Some(settings) => Some(resources::Controller::new(settings).await?),
+            None => None,
+        };
         let name = options.name.clone().unwrap_or_else(own_name);
         let ms = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let app = App(Arc::new(Inner {
@@ -194,6 +205,7 @@ impl Server {
             },
             authenticator,
             provider,
+            controller,
             connections: connections::ConnectionTable::new(
                 options.connections.clone(),
                 connections::open_files(),
@@ -255,6 +267,12 @@ impl Server {
                 provider.keep(of_provider.cancel.clone()).await;
             }
         });
+        let of_resources = app.clone();
+        let following = tokio::spawn(async move {
+            if let Some(controller) = &of_resources.controller {
+                controller.run(&of_resources).await;
+            }
+        });
         let ending = async {
             cancel.cancelled().await;
             tracing::info!(manager = app.name, "the manager ends");
@@ -273,7 +291,8 @@ impl Server {
             }
         }
         app.cancel.cancel();
-        let _ = tokio::time::timeout(app.options.grace, work).await;
+        let ended = async { tokio::join!(work, following) };
+        let _ = tokio::time::timeout(app.options.grace, ended).await;
         Ok(())
     }
 }

@@ -10,6 +10,7 @@ use reqwest::Url;
 use super::auth::{Addresses, Groups, Jwt, Kubernetes, Oidc, Proxies, Tokens};
 use super::cors::WebOrigin;
 use super::mail::Mail;
+use super::resources::Resources;
 use super::target::Template;
 use super::webhooks::Webhooks;
 use crate::service::connections::ConnectionLimits;
@@ -106,6 +107,8 @@ pub struct Options {
     pub oidc: Option<Oidc>,
     /// Authentication and permissions by a Kubernetes cluster; `None` disables it.
     pub kubernetes: Option<Kubernetes>,
+    /// Acting for `Save` resources of a Kubernetes cluster; `None` disables it.
+    pub resources: Option<Resources>,
     /// Groups of users, in addition to those that the identity provider or the proxy states.
     pub groups: Groups,
     /// E-mail addresses of users, in addition to those that the identity provider or the proxy states.
@@ -176,6 +179,7 @@ impl Options {
             jwt: None,
             oidc: None,
             kubernetes: None,
+            resources: None,
             groups: Groups::default(),
             addresses: Addresses::default(),
             proxies: None,

@@ -55,6 +55,11 @@ impl Refusal {
         refusal
     }
 
+    /// Returns the body of the response.
+    pub(super) fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
     /// Returns the status of the response.
     pub(super) fn status(&self) -> StatusCode {
         self.status

@@ -9,10 +9,11 @@ use sha2::{Digest as _, Sha256};
 use utoipa::IntoParams;
 
 use super::App;
+use super::access::Reach;
 use super::api::{Audit, AuditLine, Replace, Save as Shown, SaveRequest, Saves};
 use super::auth::Caller;
 use super::extract::{Body, Path, QueryParams, parse_job_id};
-use super::inventory::{find, session_name, sessions_to_save, suggested_name};
+use super::inventory::{find, find_within, session_name, sessions_to_save, suggested_name};
 use super::notify::receivers;
 use super::paging::{LIMIT, Listed, MAX_LIMIT, PageQuery, cut, invalid_cursor, limit};
 use super::refusal::Refusal;
@@ -176,7 +177,20 @@ pub(super) async fn submit(
     if !caller.administrator {
         caller.require_user()?;
     }
-    let request = idempotency(&headers, &caller, &body)?;
+    let save = accept(&app, &caller, None, &headers, body).await?;
+    Ok(accepted(&app, &save).await)
+}
+
+/// Accepts a save that `caller` asks for, of a session within `reach` if that is known already. A request that was made
+/// before, by the key in `headers`, returns the same save.
+pub(super) async fn accept(
+    app: &App,
+    caller: &Caller,
+    reach: Option<&Reach>,
+    headers: &HeaderMap,
+    body: SaveRequest,
+) -> Result<Save, Refusal> {
+    let request = idempotency(headers, caller, &body)?;
     let message = body.message.filter(|message| !message.is_empty());
     check_message("message", message.as_deref())?;
     check_options(&body.options)?;
@@ -185,11 +199,14 @@ pub(super) async fn submit(
         && let Some(save) = app.record.repeated(request).await?
     {
         // The session may have ended since, but the request was accepted.
-        return repeated(&app, &caller, save).await;
+        return repeated(caller, reach, save);
     }
-    let sessions = sessions_to_save(&app).await?;
-    let session = find(&app, &sessions, &caller, &body.session).await?;
-    check_replace(&caller, session, &body.replace)?;
+    let sessions = sessions_to_save(app).await?;
+    let session = match reach {
+        Some(reach) => find_within(&sessions, caller, reach, &body.session)?,
+        None => find(app, &sessions, caller, &body.session).await?,
+    };
+    check_replace(caller, session, &body.replace)?;
     let user = match (&session.owner, &caller.user) {
         (Some(owner), _) => owner.clone(),
         (None, Some(own)) => own.clone(),
@@ -199,7 +216,7 @@ pub(super) async fn submit(
             ));
         }
     };
-    let notify = receivers(&app, &caller, &user, body.notify.as_ref(), &headers).await?;
+    let notify = receivers(app, caller, &user, body.notify.as_ref(), headers).await?;
     let name = body
         .image
         .name
@@ -211,7 +228,7 @@ pub(super) async fn submit(
         name: &name,
     };
     let (tag, destination, replaces) =
-        choose_tag(&app, &of, body.image.tag, &body.replace, now).await?;
+        choose_tag(app, &of, body.image.tag, &body.replace, now).await?;
     app.store.check_quota(&user).await?;
     let save = Save {
         id: JobId::new(),
@@ -268,9 +285,9 @@ pub(super) async fn submit(
             app.metrics.accepted();
             app.hub.begun(&save);
             app.outbox_wake.notify_one();
-            Ok(accepted(&app, &save).await)
+            Ok(*save)
         }
-        Submitted::Repeated(save) => repeated(&app, &caller, *save).await,
+        Submitted::Repeated(save) => repeated(caller, reach, *save),
         Submitted::OtherRequest => Err(Refusal::invalid(
             "Idempotency-Key",
             "this key was used for another request",
@@ -313,14 +330,15 @@ fn check_replace(caller: &Caller, session: &Session, replace: &Replace) -> Resul
     ))
 }
 
-async fn repeated(app: &App, caller: &Caller, save: Save) -> Result<Response, Refusal> {
-    if !caller.may_access(&save.user) && !caller.asked_for(&save) {
+/// Returns the save that a repeated request made.
+fn repeated(caller: &Caller, reach: Option<&Reach>, save: Save) -> Result<Save, Refusal> {
+    if reach.is_none() && !caller.may_access(&save.user) && !caller.asked_for(&save) {
         return Err(Refusal::invalid(
             "Idempotency-Key",
             "this key was used for another request",
         ));
     }
-    Ok(accepted(app, &save).await)
+    Ok(save)
 }
 
 /// CHK: returns the current state of a save.
@@ -458,18 +476,25 @@ pub(super) async fn cancel(
     Path(id): Path<String>,
 ) -> Result<Response, Refusal> {
     let save = get(&app, &caller, &id).await?;
+    let save = cancel_save(&app, &caller.name, save).await?;
+    if save.state.is_final() {
+        return Ok(Json(show(&app, &save).await).into_response());
+    }
+    Ok(accepted(&app, &save).await)
+}
+
+/// Cancels a save for `caller`, and returns it as it is then.
+pub(super) async fn cancel_save(app: &App, caller: &str, save: Save) -> Result<Save, Refusal> {
     let gone = || Refusal::not_found("there is no such save");
     let wanted = app
         .record
-        .change(save.id, &caller.name, |draft| {
-            draft.request_cancel(&caller.name)
-        })
+        .change(save.id, caller, |draft| draft.request_cancel(caller))
         .await?
         .ok_or_else(gone)?;
     let (mut save, wanted) = wanted;
     if !wanted {
         if save.state == State::Cancelled {
-            return Ok(Json(show(&app, &save).await).into_response());
+            return Ok(save);
         }
         return Err(too_late("it has ended already"));
     }
@@ -478,16 +503,16 @@ pub(super) async fn cancel(
     match app.queue.withdraw(save.id).await {
         Ok(Withdrawn::TooLate) => {
             app.record
-                .change(save.id, &caller.name, Draft::cancel_too_late)
+                .change(save.id, caller, Draft::cancel_too_late)
                 .await?;
             app.hub.touch(&[save.id]);
             return Err(too_late("its tag is being put on at this moment"));
         }
         Ok(Withdrawn::Removed) => {
-            save = end(&app, &save, &caller.name).await?.unwrap_or(save);
+            save = end(app, &save, caller).await?.unwrap_or(save);
         }
         Ok(Withdrawn::Unknown) if save.state == State::Queued => {
-            save = end(&app, &save, &caller.name).await?.unwrap_or(save);
+            save = end(app, &save, caller).await?.unwrap_or(save);
         }
         Ok(Withdrawn::CancelRequested | Withdrawn::Unknown) => {}
         Err(error) => {
@@ -495,10 +520,7 @@ pub(super) async fn cancel(
         }
     }
     app.hub.touch(&[save.id]);
-    if save.state.is_final() {
-        return Ok(Json(show(&app, &save).await).into_response());
-    }
-    Ok(accepted(&app, &save).await)
+    Ok(save)
 }
 
 async fn end(app: &App, save: &Save, actor: &str) -> Result<Option<Save>, Refusal> {

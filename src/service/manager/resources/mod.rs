@@ -1,0 +1,535 @@
+//! `Save` resources of a Kubernetes cluster, which this manager acts for if it holds the Lease.
+//!
+//! Each is a request like any other, with the resource's UID as its idempotency key; its status follows the save in the
+//! record. Who may create a `Save` is decided by the cluster when it is created, so that no other permission is looked at.
+
+mod lease;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use axum::http::{HeaderMap, HeaderValue};
+use futures_util::StreamExt as _;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions};
+use kube::runtime::WatchStreamExt as _;
+use kube::runtime::watcher::{self, Event, watcher};
+use kube::{Client, ResourceExt as _};
+
+use super::App;
+use super::access::Reach;
+use super::api::{ImageName, Replace, SaveRequest, Which};
+use super::auth::{Caller, Via};
+use super::refusal::Refusal;
+use super::saves;
+use super::time::rfc3339;
+use crate::service::job::{JobId, SaveOptions, State, now_ms};
+use crate::service::kubernetes::crd::{Condition, Phase, Save, SaveStatus, TTL_S};
+use crate::service::kubernetes::{self};
+use crate::service::record;
+
+/// How often the states of saves are written to their resources.
+const EVERY: Duration = Duration::from_secs(2);
+/// How long a pod that no agent has told of is waited for, in milliseconds: agents tell of new ones every few seconds.
+const APPEARS_MS: i64 = 60_000;
+/// Maximum number of resources that are followed at the same time; the others follow when those have ended.
+const MOST: usize = 10_000;
+
+/// Settings for `Save` resources.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Resources {
+    /// The kubeconfig; `None`: the service account of the manager's pod.
+    pub kubeconfig: Option<PathBuf>,
+}
+
+/// The resources that have not ended, or are to be deleted, by UID.
+#[derive(Default)]
+struct Followed {
+    saves: HashMap<String, Save>,
+    /// Those of a list that is still being read.
+    listed: Vec<String>,
+}
+
+/// A client of the cluster.
+pub(super) struct Controller {
+    client: Client,
+    namespace: String,
+}
+
+impl Controller {
+    /// Prepares the client. Fails if its settings cannot be read.
+    pub(super) async fn new(settings: &Resources) -> Result<Self, kubernetes::Error> {
+        let config = kubernetes::server_config(settings.kubeconfig.as_deref()).await?;
+        Ok(Self {
+            namespace: config.default_namespace.clone(),
+            client: kubernetes::client(config)?,
+        })
+    }
+
+    /// Acts for the resources whenever this manager holds the Lease, until the manager ends.
+    pub(super) async fn run(&self, app: &App) {
+        let leases = Api::namespaced(self.client.clone(), &self.namespace);
+        let mut leader = lease::Leader::new(leases, &app.name);
+        let all: Api<Save> = Api::all(self.client.clone());
+        let events = watcher(all, watcher::Config::default()).default_backoff();
+        let mut events = std::pin::pin!(events);
+        let mut followed = Followed::default();
+        let mut leases = tokio::time::interval(lease::EVERY);
+        let mut states = tokio::time::interval(EVERY);
+        for interval in [&mut leases, &mut states] {
+            interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        }
+        loop {
+            tokio::select! {
+                () = app.cancel.cancelled() => break,
+                _ = leases.tick() => {
+                    if let Err(error) = leader.attempt().await {
+                        tracing::warn!(kubernetes.error = crate::common::message::of(&error), "the lease for Save resources cannot be renewed");
+                    }
+                }
+                event = events.next() => match event {
+                    Some(Ok(event)) => {
+                        let gone = followed.apply(event);
+                        if let Some(gone) = gone.filter(|_| leader.leads()) {
+                            cancel(app, &gone).await;
+                        }
+                    }
+                    // The stream begins anew by itself.
+                    Some(Err(error)) => tracing::warn!(kubernetes.error = crate::common::message::of(&error), "Save resources cannot be watched"),
+                    None => break,
+                },
+                _ = states.tick() => {
+                    for (uid, save) in followed.saves.clone() {
+                        if !leader.leads() || app.cancel.is_cancelled() {
+                            break;
+                        }
+                        match self.act(app, &save).await {
+                            Ok(Some(changed)) => {
+                                followed.saves.insert(uid, changed);
+                            }
+                            Ok(None) => {}
+                            Err(error) => tracing::warn!(
+                                save = save.name_any(), namespace = save.namespace(),
+                                kubernetes.error = crate::common::message::of(&error), "a Save resource is tried again"
+                            ),
+                        }
+                    }
+                }
+            }
+        }
+        leader.release().await;
+    }
+
+    /// Does what is due for a resource, and returns it as it is then if it has changed.
+    async fn act(&self, app: &App, save: &Save) -> Result<Option<Save>, Failed> {
+        let own: Api<Save> =
+            Api::namespaced(self.client.clone(), &save.namespace().unwrap_or_default());
+        let before = save.status.clone().unwrap_or_default();
+        if before.phase.is_final() {
+            if has_lived(save, &before) {
+                let same = Preconditions {
+                    uid: save.uid(),
+                    ..Preconditions::default()
+                };
+                let params = DeleteParams::default().preconditions(same);
+                match own.delete(&save.name_any(), &params).await {
+                    Ok(_) => {}
+                    // It has gone, or another one of its name has come.
+                    Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            return Ok(None);
+        }
+        let now = status(app, save, before.clone()).await?;
+        if now == before && save.status.is_some() {
+            return Ok(None);
+        }
+        let patch = serde_json::json!({ "status": now });
+        match own
+            .patch_status(
+                &save.name_any(),
+                &PatchParams::default(),
+                &Patch::Merge(&patch),
+            )
+            .await
+        {
+            Ok(changed) => Ok(Some(changed)),
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Why a resource is tried again.
+#[derive(Debug, thiserror::Error)]
+enum Failed {
+    /// The API server refuses, or does not answer.
+    #[error(transparent)]
+    Cluster(#[from] kube::Error),
+    /// The record does not answer.
+    #[error(transparent)]
+    Record(#[from] record::Error),
+}
+
+impl Followed {
+    /// Takes in what the cluster tells. Returns a resource that was deleted.
+    fn apply(&mut self, event: Event<Save>) -> Option<Save> {
+        match event {
+            Event::Init => self.listed.clear(),
+            Event::InitApply(save) => {
+                self.listed.extend(save.uid());
+                self.put(save);
+            }
+            Event::InitDone => {
+                let listed: std::collections::HashSet<_> = self.listed.drain(..).collect();
+                self.saves.retain(|uid, _| listed.contains(uid));
+            }
+            Event::Apply(save) => self.put(save),
+            Event::Delete(save) => {
+                self.saves.remove(&save.uid()?);
+                return Some(save);
+            }
+        }
+        None
+    }
+
+    fn put(&mut self, save: Save) {
+        let Some(uid) = save.uid() else { return };
+        if self.saves.len() < MOST || self.saves.contains_key(&uid) {
+            self.saves.insert(uid, save);
+        } else {
+            tracing::warn!(
+                most = MOST,
+                "there are more Save resources than are followed at once"
+            );
+        }
+    }
+}
+
+/// Returns whether a resource has ended long enough ago to be deleted.
+fn has_lived(save: &Save, status: &SaveStatus) -> bool {
+    let ttl = save.spec.ttl_seconds_after_finished.unwrap_or(TTL_S);
+    let ended = status
+        .finished
+        .as_deref()
+        .and_then(|text| text.parse::<Timestamp>().ok());
+    ended.is_some_and(|ended| Timestamp::now().duration_since(ended).as_secs() >= i64::from(ttl))
+}
+
+/// The caller that a resource stands for.
+fn caller(save: &Save) -> Caller {
+    Caller {
+        name: format!(
+            "resource:{}/{}",
+            save.namespace().unwrap_or_default(),
+            save.name_any()
+        ),
+        user: None,
+        administrator: false,
+        via: Via::Token,
+        groups: Vec::new(),
+        email: None,
+        subject: None,
+    }
+}
+
+/// Returns whether a resource of this name asked for a save.
+fn is_of(found: &record::Save, save: &Save) -> bool {
+    found.caller == caller(save).name
+}
+
+/// Returns what a resource asks for.
+fn request(save: &Save) -> SaveRequest {
+    let spec = &save.spec;
+    let image = spec
+        .image
+        .as_deref()
+        .map(|text| text.split_once(':').unwrap_or((text, "")));
+    let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+    SaveRequest {
+        session: Which::Pod {
+            namespace: save.namespace().unwrap_or_default(),
+            pod: spec.pod.clone(),
+            container: spec.container.clone(),
+        },
+        image: image.map_or_else(ImageName::default, |(name, tag)| ImageName {
+            name: some(name),
+            tag: some(tag),
+        }),
+        message: spec.message.clone(),
+        options: SaveOptions::default(),
+        replace: if spec.replace_own {
+            Replace::Own
+        } else {
+            Replace::Never
+        },
+        notify: None,
+    }
+}
+
+/// Returns the status that a resource should have now. Requests the save if it has not been.
+async fn status(app: &App, save: &Save, before: SaveStatus) -> Result<SaveStatus, Failed> {
+    let id = before
+        .save
+        .as_deref()
+        .and_then(|id| id.parse::<JobId>().ok());
+    let found = match id {
+        // Whoever may write the status names no save of another.
+        Some(id) => app
+            .record
+            .save(id)
+            .await?
+            .filter(|found| is_of(found, save)),
+        None => None,
+    };
+    let found = match (found, id) {
+        (Some(found), _) => found,
+        (None, Some(_)) => {
+            return Ok(failed(
+                before,
+                "Forgotten",
+                "the manager's record does not have the save any more",
+            ));
+        }
+        (None, None) => {
+            let (namespace, uid) = (
+                save.namespace().unwrap_or_default(),
+                save.uid().unwrap_or_default(),
+            );
+            let reach = Reach::namespace(&namespace);
+            let mut headers = HeaderMap::new();
+            if let Ok(key) = HeaderValue::from_str(&uid) {
+                headers.insert("idempotency-key", key);
+            }
+            match saves::accept(app, &caller(save), Some(&reach), &headers, request(save)).await {
+                Ok(found) => found,
+                Err(refusal) => return Ok(refused(save, before, &refusal)),
+            }
+        }
+    };
+    Ok(of_record(&found, before))
+}
+
+/// Returns the status of a resource whose request is refused: it waits if that may pass.
+fn refused(save: &Save, before: SaveStatus, refusal: &Refusal) -> SaveStatus {
+    let problem = refusal.problem();
+    let created = save.metadata.creation_timestamp.as_ref();
+    let age = created.map_or(i64::MAX, |created| now_ms() - created.0.as_millisecond());
+    let may_appear = problem.status == 404 && age < APPEARS_MS;
+    if problem.retryable || may_appear {
+        return with_condition(
+            before,
+            "Failed",
+            "False",
+            &camel(&problem.code),
+            &problem.detail,
+        );
+    }
+    failed(before, &camel(&problem.code), &problem.detail)
+}
+
+fn failed(before: SaveStatus, reason: &str, message: &str) -> SaveStatus {
+    let mut now = with_condition(before, "Failed", "True", reason, message);
+    now.phase = Phase::Failed;
+    now.finished = Some(rfc3339(now_ms()));
+    now
+}
+
+/// Returns the status of a resource whose save is in the record.
+fn of_record(found: &record::Save, before: SaveStatus) -> SaveStatus {
+    let mut now = before;
+    now.save = Some(found.id.to_string());
+    now.phase = match found.state {
+        State::Queued => Phase::Pending,
+        State::Assigned | State::Running => Phase::Running,
+        State::Succeeded => Phase::Succeeded,
+        State::Failed => Phase::Failed,
+        State::Cancelled => Phase::Cancelled,
+    };
+    let part = found
+        .progress
+        .filter(|progress| progress.bytes_total > 0)
+        .map_or(0.0, |progress| {
+            progress.bytes_done as f64 / progress.bytes_total as f64
+        });
+    now.percent = match found.state {
+        State::Succeeded => 100,
+        // A hundred is what a save has that succeeded.
+        _ => (part * 100.0).clamp(0.0, 99.0) as u8,
+    };
+    if found.state.is_final() {
+        now.finished = Some(rfc3339(found.finished_ms.unwrap_or_else(now_ms)));
+    }
+    if let Some(result) = &found.result {
+        now.digest = Some(result.digest.clone());
+        now.image = Some(found.destination.clone());
+        return with_condition(now, "Complete", "True", "Saved", &result.reference);
+    }
+    match (&found.error, found.state) {
+        (Some(error), _) => with_condition(
+            now,
+            "Failed",
+            "True",
+            &camel(error.code.name()),
+            &error.message,
+        ),
+        (None, State::Cancelled) => {
+            with_condition(now, "Failed", "True", "Cancelled", "it was cancelled")
+        }
+        // What made it wait before it was accepted does not hold any more.
+        _ => {
+            now.conditions.clear();
+            now
+        }
+    }
+}
+
+/// Returns `status` with this as its only condition. The time of a condition that has the same status stays.
+fn with_condition(
+    mut status: SaveStatus,
+    kind: &str,
+    value: &str,
+    reason: &str,
+    message: &str,
+) -> SaveStatus {
+    let old = status
+        .conditions
+        .iter()
+        .find(|old| old.kind == kind && old.status == value);
+    let since = old.map_or_else(|| rfc3339(now_ms()), |old| old.last_transition_time.clone());
+    status.conditions = vec![Condition {
+        kind: kind.to_owned(),
+        status: value.to_owned(),
+        reason: reason.to_owned(),
+        message: crate::common::escape::limited(message, 1000),
+        last_transition_time: since,
+    }];
+    status
+}
+
+/// `tag_exists` as reasons of conditions are written: `TagExists`.
+fn camel(code: &str) -> String {
+    let words = code.split('_').filter(|word| !word.is_empty());
+    words
+        .map(|word| word[..1].to_uppercase() + &word[1..])
+        .collect()
+}
+
+/// Cancels the save of a resource that was deleted before it ended.
+async fn cancel(app: &App, save: &Save) {
+    let status = save.status.clone().unwrap_or_default();
+    if status.phase.is_final() {
+        return;
+    }
+    let Some(id) = status.save.and_then(|id| id.parse::<JobId>().ok()) else {
+        return;
+    };
+    match app.record.save(id).await {
+        Ok(Some(found)) if !found.state.is_final() && is_of(&found, save) => {
+            if let Err(refusal) = saves::cancel_save(app, &caller(save).name, found).await {
+                tracing::debug!(job = %id, problem = refusal.problem().code, "the save of a deleted resource is not cancelled");
+            }
+        }
+        Ok(_) => {}
+        Err(error) => {
+            tracing::warn!(job = %id, %error, "the save of a deleted resource is not cancelled")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service::kubernetes::crd::SaveSpec;
+
+    fn resource(image: Option<&str>) -> Save {
+        let mut save = Save::new(
+            "s",
+            SaveSpec {
+                pod: "nb".to_owned(),
+                image: image.map(str::to_owned),
+                ..SaveSpec::default()
+            },
+        );
+        save.metadata.namespace = Some("lab".to_owned());
+        save.metadata.uid = Some("u-1".to_owned());
+        save
+    }
+
+    #[test]
+    fn a_resource_asks_for_a_pod_of_its_own_namespace() {
+        let asked = request(&resource(Some("lab:v1")));
+        let Which::Pod {
+            namespace,
+            pod,
+            container,
+        } = asked.session
+        else {
+            panic!("no pod");
+        };
+        assert_eq!(
+            (namespace.as_str(), pod.as_str(), container),
+            ("lab", "nb", None)
+        );
+        let names = |text| {
+            let image = request(&resource(text)).image;
+            (image.name, image.tag)
+        };
+        let some = |text: &str| Some(text.to_owned());
+        assert_eq!(names(Some("lab:v1")), (some("lab"), some("v1")));
+        assert_eq!(names(Some(":v1")), (None, some("v1")));
+        assert_eq!(names(Some("lab")), (some("lab"), None));
+        assert_eq!(names(None), (None, None));
+    }
+
+    #[test]
+    fn conditions_keep_their_time_and_reasons_are_in_camel_case() {
+        let first = with_condition(SaveStatus::default(), "Failed", "False", "NotFound", "a");
+        let mut old = first.clone();
+        old.conditions[0].last_transition_time = "2026-11-30T00:00:00Z".to_owned();
+        let same = with_condition(old.clone(), "Failed", "False", "NotFound", "b");
+        assert_eq!(
+            same.conditions[0].last_transition_time,
+            "2026-11-30T00:00:00Z"
+        );
+        let other = with_condition(old, "Failed", "True", "NotFound", "b");
+        assert_ne!(
+            other.conditions[0].last_transition_time,
+            "2026-11-30T00:00:00Z"
+        );
+        assert_eq!(camel("tag_exists"), "TagExists");
+        assert_eq!(camel("_"), "");
+    }
+
+    #[test]
+    fn a_resource_lives_for_its_time_after_the_end() {
+        let mut save = resource(None);
+        let ended = |seconds: i64| SaveStatus {
+            phase: Phase::Succeeded,
+            finished: Some(rfc3339(now_ms() - seconds * 1000)),
+            ..SaveStatus::default()
+        };
+        assert!(!has_lived(&save, &ended(60)));
+        assert!(has_lived(&save, &ended(8 * 24 * 3600)));
+        save.spec.ttl_seconds_after_finished = Some(0);
+        assert!(has_lived(&save, &ended(0)));
+        assert!(!has_lived(&save, &SaveStatus::default()));
+    }
+
+    #[test]
+    fn what_is_not_listed_again_has_gone() {
+        let mut followed = Followed::default();
+        followed.apply(Event::Apply(resource(None)));
+        followed.apply(Event::Init);
+        assert_eq!(followed.saves.len(), 1);
+        followed.apply(Event::InitDone);
+        assert_eq!(followed.saves.len(), 0);
+        followed.apply(Event::InitApply(resource(None)));
+        followed.apply(Event::InitDone);
+        assert_eq!(followed.saves.len(), 1);
+        assert!(followed.apply(Event::Delete(resource(None))).is_some());
+        assert_eq!(followed.saves.len(), 0);
+    }
+}
