@@ -23,7 +23,9 @@ mod validate;
 mod verbs;
 pub(crate) mod view;
 
+use std::ffi::{OsStr, OsString};
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 use tracing_subscriber::EnvFilter;
@@ -40,7 +42,7 @@ pub fn main() -> ExitCode {
     if let Some(code) = crate::node::freeze::watchdog_entry() {
         return code;
     }
-    let parsed = match config::parse(std::env::args_os()) {
+    let parsed = match config::parse(as_plugin(std::env::args_os().collect())) {
         Ok(parsed) => parsed,
         Err(config::Error::Clap(error)) => {
             // Help and version are reported as errors, too. A failed write is ignored.
@@ -70,6 +72,28 @@ pub fn main() -> ExitCode {
         }
         Err(error) => fail(&error),
     }
+}
+
+/// Names under which kubectl starts this program as a plugin, and the words that they stand for.
+#[cfg(feature = "service")]
+const PLUGINS: [(&str, &[&str]); 2] = [
+    ("kubectl-upperdeck", &["kubectl"]),
+    ("kubectl_complete-upperdeck", &["kubectl", "__complete"]),
+];
+#[cfg(not(feature = "service"))]
+const PLUGINS: [(&str, &[&str]); 0] = [];
+
+/// Returns the command line of this program for that of a plugin.
+fn as_plugin(mut args: Vec<OsString>) -> Vec<OsString> {
+    let name = args.first().map(Path::new).and_then(Path::file_name);
+    let plugin = PLUGINS
+        .iter()
+        .find(|(plugin, _)| name == Some(OsStr::new(plugin)));
+    if let Some((_, words)) = plugin {
+        let words = ["upperdeck"].iter().chain(words.iter()).map(OsString::from);
+        args.splice(..1, words);
+    }
+    args
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {

@@ -21,7 +21,7 @@ type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 const REVIEWS: &str = include_str!("../../fixtures/kubernetes/reviews.jsonl");
 
 /// The namespace in which the users of the tests have permissions.
-const LAB: &str = "lab";
+pub const LAB: &str = "lab";
 
 fn exchanges() -> Fallible<Vec<Value>> {
     Ok(REVIEWS
@@ -31,7 +31,7 @@ fn exchanges() -> Fallible<Vec<Value>> {
 }
 
 /// The cluster of the recorded exchanges: `alice` may save in `lab`, pods of `lab` may save themselves, `bob` nothing.
-fn recorded() -> Fallible<Cluster> {
+pub fn recorded() -> Fallible<Cluster> {
     let mut cluster = Cluster::default();
     for exchange in exchanges()? {
         let name = exchange["request"]["spec"]["token"].as_str();
@@ -118,7 +118,7 @@ impl Tokens {
     }
 }
 
-fn options(site: &Site, kubeconfig: PathBuf, permission: Permission) -> Fallible<Options> {
+pub fn options(site: &Site, kubeconfig: PathBuf, permission: Permission) -> Fallible<Options> {
     let mut options = site.options()?;
     options.kubernetes = Some(Kubernetes {
         kubeconfig: Some(kubeconfig),
@@ -130,7 +130,7 @@ fn options(site: &Site, kubeconfig: PathBuf, permission: Permission) -> Fallible
 }
 
 /// The pod of the recorded token, two others of its namespace, one of another namespace, and a container without a pod.
-fn sessions(namespace: &str) -> Vec<Session> {
+pub fn sessions(namespace: &str) -> Vec<Session> {
     let of_pod = |n, pod: &str, owner, namespace: &str| Session {
         namespace: Some(namespace.to_owned()),
         pod: Some(pod.to_owned()),
@@ -150,7 +150,7 @@ fn sessions(namespace: &str) -> Vec<Session> {
     ]
 }
 
-async fn at_work(
+pub async fn at_work(
     site: &Site,
     options: Options,
     sessions: &[Session],
@@ -266,7 +266,7 @@ async fn permissions_of_the_cluster_decide_what_its_users_save() -> Outcomes {
     let server = ApiServer::start(recorded()?).await?;
     let site = Site::new()?;
     let kubeconfig = site.dir.path().join("kubeconfig");
-    server.write_kubeconfig(&kubeconfig)?;
+    server.write_kubeconfig(&kubeconfig, "TOKEN-manager")?;
     let (manager, _agent) = at_work(
         &site,
         options(&site, kubeconfig, Permission::Saves)?,
@@ -284,7 +284,7 @@ async fn the_right_to_exec_can_be_the_right_to_save() -> Outcomes {
     server.with(|cluster| cluster.rules.push(rule("default", "pods/exec", "*")));
     let site = Site::new()?;
     let kubeconfig = site.dir.path().join("kubeconfig");
-    server.write_kubeconfig(&kubeconfig)?;
+    server.write_kubeconfig(&kubeconfig, "TOKEN-manager")?;
     let (manager, _agent) = at_work(
         &site,
         options(&site, kubeconfig, Permission::Exec)?,
@@ -306,7 +306,7 @@ async fn without_an_answer_nothing_is_allowed() -> Outcomes {
     let server = ApiServer::start(recorded()?).await?;
     let site = Site::new()?;
     let kubeconfig = site.dir.path().join("kubeconfig");
-    server.write_kubeconfig(&kubeconfig)?;
+    server.write_kubeconfig(&kubeconfig, "TOKEN-manager")?;
     let (manager, _agent) = at_work(
         &site,
         options(&site, kubeconfig.clone(), Permission::Saves)?,
@@ -377,7 +377,7 @@ async fn a_manager_that_may_not_ask_does_not_start() -> Outcomes {
     .await?;
     let site = Site::new()?;
     let kubeconfig = site.dir.path().join("kubeconfig");
-    server.write_kubeconfig(&kubeconfig)?;
+    server.write_kubeconfig(&kubeconfig, "TOKEN-manager")?;
     let refused = site
         .manager_with(options(&site, kubeconfig, Permission::Saves)?)
         .await;
@@ -399,7 +399,7 @@ async fn a_token_of_the_cluster_comes_in_one_header_and_signs_no_browser_in() ->
     let server = ApiServer::start(recorded()?).await?;
     let site = Site::new()?;
     let kubeconfig = site.dir.path().join("kubeconfig");
-    server.write_kubeconfig(&kubeconfig)?;
+    server.write_kubeconfig(&kubeconfig, "TOKEN-manager")?;
     let (manager, _agent) =
         at_work(&site, options(&site, kubeconfig, Permission::Saves)?, &[]).await?;
     let url = |path: &str| format!("http://{}/api/v1/{path}", manager.address);

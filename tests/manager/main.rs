@@ -7,10 +7,11 @@ mod events;
 mod fuzz;
 mod http;
 mod jobs;
-mod mail;
+mod kubectl;
 mod kubernetes;
 #[path = "../support/kubernetes.rs"]
 mod kubernetes_api;
+mod mail;
 mod metrics;
 mod oidc;
 mod openapi;

@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Json;
 use axum::Router;
-use axum::extract::State;
-use axum::http::StatusCode;
-use axum::routing::post;
+use axum::extract::{Path as UrlPath, Request, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{any, post};
 use serde_json::{Value, json};
 
 /// A token's user, and what the token is for.
@@ -32,6 +33,13 @@ pub struct Cluster {
     pub without_audiences: bool,
     /// Whether it denies all questions.
     pub denies: bool,
+    /// Names of the users whose tokens the API server itself accepts.
+    pub users: BTreeMap<String, String>,
+    /// Where its proxy leads.
+    pub manager: Option<SocketAddr>,
+    /// Audiences of the tokens that were requested.
+    pub requested: Vec<Vec<String>>,
+    pub proxied: usize,
     pub token_reviews: usize,
     pub access_reviews: usize,
 }
@@ -61,6 +69,18 @@ impl ApiServer {
                 "/apis/authorization.k8s.io/v1/subjectaccessreviews",
                 post(access_review),
             )
+            .route(
+                "/apis/authentication.k8s.io/v1/selfsubjectreviews",
+                post(self_subject),
+            )
+            .route(
+                "/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token",
+                post(token_request),
+            )
+            .route(
+                "/api/v1/namespaces/{namespace}/services/{service}/proxy/{*path}",
+                any(proxy),
+            )
             .with_state(cluster.clone());
         let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await?;
         let address = listener.local_addr()?;
@@ -80,13 +100,13 @@ impl ApiServer {
         look(&mut self.cluster.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Writes a kubeconfig for it.
-    pub fn write_kubeconfig(&self, file: &Path) -> std::io::Result<()> {
+    /// Writes a kubeconfig of the user with this token.
+    pub fn write_kubeconfig(&self, file: &Path, token: &str) -> std::io::Result<()> {
         let config = json!({
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [{"name": "c", "cluster": {"server": format!("http://{}", self.address)}}],
-            "users": [{"name": "u", "user": {"token": "TOKEN-manager"}}],
+            "users": [{"name": "u", "user": {"token": token}}],
             "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
             "current-context": "x",
         });
@@ -164,4 +184,102 @@ async fn access_review(State(cluster): Shared, Json(mut review): Json<Value>) ->
         });
     review["status"] = json!({ "allowed": allowed });
     (StatusCode::CREATED, Json(review))
+}
+
+/// Rejects callers that the API server does not know, and removes what it keeps to itself.
+fn own_user(headers: &HeaderMap) -> Option<String> {
+    let token = headers.get("authorization")?.to_str().ok()?;
+    Some(token.strip_prefix("Bearer ")?.to_owned())
+}
+
+fn failure(code: u16, message: &str) -> Response {
+    let status = json!({
+        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": code, "message": message,
+    });
+    let code = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    (code, Json(status)).into_response()
+}
+
+async fn self_subject(State(cluster): Shared, headers: HeaderMap) -> Response {
+    let cluster = cluster.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(user) = own_user(&headers).and_then(|token| cluster.users.get(&token).cloned()) else {
+        return failure(401, "Unauthorized");
+    };
+    let review = json!({
+        "kind": "SelfSubjectReview", "apiVersion": "authentication.k8s.io/v1", "metadata": {},
+        "status": {"userInfo": {"username": user}},
+    });
+    (StatusCode::CREATED, Json(review)).into_response()
+}
+
+async fn token_request(
+    State(cluster): Shared,
+    UrlPath((namespace, account)): UrlPath<(String, String)>,
+    Json(mut request): Json<Value>,
+) -> Response {
+    let mut cluster = cluster.lock().unwrap_or_else(PoisonError::into_inner);
+    let name = format!("TOKEN-{account}");
+    let user = format!("system:serviceaccount:{namespace}:{account}");
+    if !cluster
+        .tokens
+        .get(&name)
+        .is_some_and(|token| token.user["username"] == user.as_str())
+    {
+        return failure(404, "serviceaccounts not found");
+    }
+    let audiences = texts(&request["spec"]["audiences"])
+        .into_iter()
+        .map(str::to_owned)
+        .collect();
+    cluster.requested.push(audiences);
+    request["status"] = json!({"token": name, "expirationTimestamp": "2036-11-30T14:00:00Z"});
+    (StatusCode::CREATED, Json(request)).into_response()
+}
+
+/// The proxy to the manager: the credentials for the API server stay here.
+async fn proxy(State(cluster): Shared, request: Request) -> Response {
+    let to = {
+        let mut cluster = cluster.lock().unwrap_or_else(PoisonError::into_inner);
+        if own_user(request.headers()).is_none_or(|token| !cluster.users.contains_key(&token)) {
+            return failure(401, "Unauthorized");
+        }
+        cluster.proxied += 1;
+        match cluster.manager {
+            Some(to) => to,
+            None => return failure(503, "no endpoints available for service \"http:upperdeck\""),
+        }
+    };
+    let (parts, body) = request.into_parts();
+    let target = parts.uri.to_string();
+    let Some((_, target)) = target.split_once("/proxy/") else {
+        return failure(404, "not found");
+    };
+    let Ok(body) = axum::body::to_bytes(body, 1 << 20).await else {
+        return failure(400, "the body cannot be read");
+    };
+    let client = upperdeck::store::registry::http_client("127.0.0.1").build();
+    let Ok(client) = client else {
+        return failure(500, "no client");
+    };
+    let mut forwarded = client
+        .request(parts.method, format!("http://{to}/{target}"))
+        .body(body);
+    for (name, value) in &parts.headers {
+        if !matches!(name.as_str(), "authorization" | "host" | "content-length") {
+            forwarded = forwarded.header(name, value);
+        }
+    }
+    match forwarded.send().await {
+        Ok(answer) => {
+            let mut response = Response::builder().status(answer.status());
+            if let Some(kind) = answer.headers().get("content-type") {
+                response = response.header("content-type", kind);
+            }
+            let body = axum::body::Body::from_stream(answer.bytes_stream());
+            response
+                .body(body)
+                .unwrap_or_else(|_| failure(500, "no response"))
+        }
+        Err(_) => failure(503, "error trying to reach service"),
+    }
 }

@@ -47,6 +47,7 @@ pub(super) fn apply(serve: &Serve, options: &mut manager::Options) -> Result<(),
     options.jwt = jwt(serve)?;
     options.oidc = oidc(serve)?;
     options.kubernetes = kubernetes(callers)?;
+    options.resources = resources(callers)?;
     options.groups = groups(callers)?;
     options.proxies = proxies(callers)?;
     Ok(())
@@ -151,6 +152,23 @@ fn kubernetes(callers: &Callers) -> Result<Option<Kubernetes>, Usage> {
         },
         user_prefix: prefix.filter(|prefix| !prefix.is_empty()),
         administrators: callers.administrator.clone(),
+    }))
+}
+
+/// Returns the settings for `Save` resources of a Kubernetes cluster.
+fn resources(callers: &Callers) -> Result<Option<manager::Resources>, Usage> {
+    if !callers.kubernetes_crd {
+        return Ok(None);
+    }
+    // Who created a resource is not known: the right to create one is the right to save.
+    if callers.kubernetes_permission == KubernetesPermission::Exec {
+        return Err(Usage(
+            "--kubernetes-crd: whoever may create a Save may save, which --kubernetes-permission exec does not allow"
+                .to_owned(),
+        ));
+    }
+    Ok(Some(manager::Resources {
+        kubeconfig: callers.kubeconfig.clone(),
     }))
 }
 

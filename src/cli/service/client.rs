@@ -3,13 +3,15 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use bytes::BytesMut;
-use futures_util::StreamExt;
+use bytes::{Bytes, BytesMut};
+use futures_util::stream::BoxStream;
+use futures_util::{StreamExt as _, TryStreamExt as _};
 use reqwest::{Method, StatusCode, Url};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use zeroize::Zeroizing;
 
+use super::renewed::Renewed;
 use crate::cli::args::Server;
 use crate::cli::exit::{Exit, Usage};
 use crate::cli::{secret, text};
@@ -81,12 +83,49 @@ impl Error {
     }
 }
 
+/// How requests get to the manager.
+enum Route {
+    /// To its own address.
+    Direct(reqwest::Client),
+    /// Through the proxy of a Kubernetes API server, which removes the header `Authorization`.
+    Cluster(kube::Client),
+}
+
+/// The token of the requests.
+pub(super) enum Credential {
+    /// Always the same.
+    Fixed(Zeroizing<String>),
+    /// One that is renewed before it expires.
+    Renewed(Renewed),
+}
+
 /// A connection to a manager with the caller's credentials.
 pub(super) struct Client {
-    http: reqwest::Client,
+    route: Route,
     server: Url,
-    token: Option<Zeroizing<String>>,
+    token: Option<Credential>,
     user: Option<String>,
+}
+
+/// A request that is not sent yet, so that its token is as new as it can be.
+struct Request {
+    method: Method,
+    url: Url,
+    headers: Vec<(&'static str, String)>,
+    body: Option<Vec<u8>>,
+}
+
+impl Request {
+    fn header(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.headers.push((name, value.into()));
+        self
+    }
+}
+
+/// A response whose body is still to come.
+struct Reply {
+    status: StatusCode,
+    body: BoxStream<'static, Result<Bytes, String>>,
 }
 
 impl Client {
@@ -138,32 +177,50 @@ impl Client {
             (None, Some(token)) => Some(Zeroizing::new(token.clone())),
             (None, None) => in_url,
         };
-        let host = url.host_str().unwrap_or_default();
-        let http = crate::store::registry::http_client(host)
-            .read_timeout(STALL_TIMEOUT)
-            .build()
-            .map_err(|error| Usage(format!("cannot speak HTTP: {error}")))?;
         Ok(Self {
-            http,
+            route: Route::Direct(direct(&url)?),
             server: url,
-            token,
+            token: token.map(Credential::Fixed),
             user: server.user.clone(),
         })
     }
 
-    fn unreachable(&self, error: &reqwest::Error) -> Error {
-        Error::Unreachable {
-            server: self.server.to_string(),
-            reason: crate::common::message::of(error),
+    /// Creates a client of a manager at `server`, for users of a Kubernetes cluster.
+    pub(super) fn with_credential(server: Url, credential: Credential) -> anyhow::Result<Self> {
+        Ok(Self {
+            route: Route::Direct(direct(&server)?),
+            server,
+            token: Some(credential),
+            user: None,
+        })
+    }
+
+    /// Creates a client of a manager whose Service is at `path` of the API server at `server`.
+    pub(super) fn through_cluster(
+        cluster: kube::Client,
+        server: Url,
+        credential: Credential,
+    ) -> Self {
+        Self {
+            route: Route::Cluster(cluster),
+            server,
+            token: Some(credential),
+            user: None,
         }
     }
 
-    fn request(
-        &self,
-        method: Method,
-        path: &str,
-        query: &[(&str, String)],
-    ) -> reqwest::RequestBuilder {
+    fn unreachable(&self, error: &(dyn std::error::Error + 'static)) -> Error {
+        self.lost(crate::common::message::of(error))
+    }
+
+    fn lost(&self, reason: String) -> Error {
+        Error::Unreachable {
+            server: self.server.to_string(),
+            reason,
+        }
+    }
+
+    fn request(&self, method: Method, path: &str, query: &[(&str, String)]) -> Request {
         let mut url = self.server.clone();
         // Untrusted parts of `path` are escaped by the callers.
         url.set_path(&format!("{}api/v1/{path}", self.server.path()));
@@ -171,25 +228,97 @@ impl Client {
             url.query_pairs_mut()
                 .extend_pairs(query.iter().map(|(key, value)| (*key, value.as_str())));
         }
-        let mut request = self
-            .http
-            .request(method, url)
-            .header("Upperdeck-Request", "1");
-        if let Some(token) = &self.token {
-            request = request.bearer_auth(token.as_str());
+        let request = Request {
+            method,
+            url,
+            headers: Vec::new(),
+            body: None,
+        };
+        let request = request.header("Upperdeck-Request", "1");
+        match &self.user {
+            Some(user) => request.header("Upperdeck-User", user),
+            None => request,
         }
-        if let Some(user) = &self.user {
-            request = request.header("Upperdeck-User", user);
-        }
-        request
     }
 
-    async fn send(&self, request: reqwest::RequestBuilder) -> Result<reqwest::Response, Error> {
-        let reply = request
-            .send()
-            .await
-            .map_err(|error| self.unreachable(&error))?;
-        let status = reply.status();
+    /// Adds the token, and sends a request.
+    async fn transmit(&self, mut request: Request) -> Result<Reply, Error> {
+        let token = match &self.token {
+            None => None,
+            Some(Credential::Fixed(token)) => Some(token.clone()),
+            Some(Credential::Renewed(token)) => {
+                Some(token.get().await.map_err(|error| self.of_cluster(error))?)
+            }
+        };
+        if let Some(token) = &token {
+            let name = match &self.route {
+                Route::Direct(_) => "Authorization",
+                Route::Cluster(_) => "Upperdeck-Authorization",
+            };
+            request = request.header(name, format!("Bearer {}", token.as_str()));
+        }
+        if request.body.is_some() {
+            request = request.header("Content-Type", "application/json");
+        }
+        match &self.route {
+            Route::Direct(http) => {
+                let mut to_send = http.request(request.method, request.url);
+                for (name, value) in &request.headers {
+                    to_send = to_send.header(*name, value);
+                }
+                if let Some(body) = request.body {
+                    to_send = to_send.body(body);
+                }
+                let reply = to_send
+                    .send()
+                    .await
+                    .map_err(|error| self.unreachable(&error))?;
+                let status = reply.status();
+                let said = |error: reqwest::Error| crate::common::message::of(&error);
+                Ok(Reply {
+                    status,
+                    body: reply.bytes_stream().map_err(said).boxed(),
+                })
+            }
+            Route::Cluster(cluster) => {
+                let mut target = request.url.path().to_owned();
+                if let Some(query) = request.url.query() {
+                    target.push_str(&format!("?{query}"));
+                }
+                let mut to_send = http::Request::builder().method(request.method).uri(target);
+                for (name, value) in &request.headers {
+                    to_send = to_send.header(*name, value);
+                }
+                let body = request.body.unwrap_or_default();
+                let to_send = to_send
+                    .body(kube::client::Body::from(body))
+                    .map_err(|error| self.lost(error.to_string()))?;
+                let reply = cluster
+                    .send(to_send)
+                    .await
+                    .map_err(|error| self.of_cluster(error))?;
+                let status = reply.status();
+                let body = axum::body::Body::new(reply.into_body()).into_data_stream();
+                let said = |error: axum::Error| crate::common::message::of(&error);
+                Ok(Reply {
+                    status,
+                    body: body.map_err(said).boxed(),
+                })
+            }
+        }
+    }
+
+    /// Converts an error of the Kubernetes API.
+    fn of_cluster(&self, error: kube::Error) -> Error {
+        match error {
+            kube::Error::Api(status) => refused_by_cluster(&self.server, &status),
+            error => self.unreachable(&error),
+        }
+    }
+
+    async fn send(&self, request: Request) -> Result<Reply, Error> {
+        let reply = self.transmit(request).await?;
+        let status = reply.status;
         if status.is_success() {
             return Ok(reply);
         }
@@ -201,13 +330,15 @@ impl Client {
                 retryable: problem.retryable,
                 status: status.as_u16(),
             },
-            Err(_) if status == StatusCode::BAD_GATEWAY || status.is_server_error() => {
-                Error::Unreachable {
-                    server: self.server.to_string(),
-                    reason: status.to_string(),
+            Err(_) => match serde_json::from_slice::<kube::core::Status>(&body) {
+                Ok(said) if matches!(self.route, Route::Cluster(_)) && said.is_failure() => {
+                    refused_by_cluster(&self.server, &said)
                 }
-            }
-            Err(_) => self.invalid_response(status.to_string()),
+                _ if status == StatusCode::BAD_GATEWAY || status.is_server_error() => {
+                    self.lost(status.to_string())
+                }
+                _ => self.invalid_response(status.to_string()),
+            },
         })
     }
 
@@ -218,11 +349,10 @@ impl Client {
         }
     }
 
-    async fn body(&self, reply: reqwest::Response) -> Result<Vec<u8>, Error> {
+    async fn body(&self, mut reply: Reply) -> Result<Vec<u8>, Error> {
         let mut body = Vec::new();
-        let mut stream = reply.bytes_stream();
-        while let Some(chunk) = stream.next().await {
-            body.extend_from_slice(&chunk.map_err(|error| self.unreachable(&error))?);
+        while let Some(chunk) = reply.body.next().await {
+            body.extend_from_slice(&chunk.map_err(|reason| self.lost(reason))?);
             if body.len() > MAX_REPLY {
                 return Err(
                     self.invalid_response(format!("a reply of more than {MAX_REPLY} bytes"))
@@ -232,10 +362,7 @@ impl Client {
         Ok(body)
     }
 
-    async fn json<T: DeserializeOwned>(
-        &self,
-        request: reqwest::RequestBuilder,
-    ) -> Result<T, Error> {
+    async fn json<T: DeserializeOwned>(&self, request: Request) -> Result<T, Error> {
         let reply = self.send(request).await?;
         let body = self.body(reply).await?;
         serde_json::from_slice(&body).map_err(|error| self.invalid_response(error.to_string()))
@@ -257,10 +384,11 @@ impl Client {
         key: &str,
         body: &impl Serialize,
     ) -> Result<T, Error> {
-        let request = self
+        let mut request = self
             .request(Method::POST, path, &[])
-            .header("Idempotency-Key", key)
-            .json(body);
+            .header("Idempotency-Key", key);
+        let body = serde_json::to_vec(body);
+        request.body = Some(body.map_err(|error| self.lost(error.to_string()))?);
         self.json(request).await
     }
 
@@ -314,11 +442,10 @@ impl Client {
         if let Some(last) = last {
             request = request.header("Last-Event-ID", last.as_str());
         }
-        let reply = self.send(request).await?;
-        let mut stream = reply.bytes_stream();
+        let mut reply = self.send(request).await?;
         let mut events = Events::default();
-        while let Some(chunk) = stream.next().await {
-            events.add(&chunk.map_err(|error| self.unreachable(&error))?);
+        while let Some(chunk) = reply.body.next().await {
+            events.add(&chunk.map_err(|reason| self.lost(reason))?);
             if events.rest.len() > MAX_REPLY {
                 return Err(self.invalid_response("an event without an end".to_owned()));
             }
@@ -339,6 +466,33 @@ impl Client {
         let save: Save = self.get(&format!("saves/{id}"), &[]).await?;
         seen(&save);
         Ok(save.state.is_final().then_some(save))
+    }
+}
+
+/// Creates the client for requests to a manager's own address.
+fn direct(server: &Url) -> Result<reqwest::Client, Usage> {
+    let host = server.host_str().unwrap_or_default();
+    crate::store::registry::http_client(host)
+        .read_timeout(STALL_TIMEOUT)
+        .build()
+        .map_err(|error| Usage(format!("cannot speak HTTP: {error}")))
+}
+
+/// Converts the refusal of a Kubernetes API server. A Service without a manager that is ready is one that cannot be
+/// reached.
+fn refused_by_cluster(server: &Url, said: &kube::core::Status) -> Error {
+    let message = format!("the API server: {}", said.message);
+    match said.code {
+        429 | 500.. => Error::Unreachable {
+            server: server.to_string(),
+            reason: message,
+        },
+        status => Error::Refused {
+            code: "kubernetes".to_owned(),
+            message,
+            retryable: false,
+            status,
+        },
     }
 }
 

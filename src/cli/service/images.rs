@@ -1,5 +1,6 @@
 //! `image ls` and `image rm` by way of a manager: the images of the caller.
 
+use super::client::Client;
 use super::job;
 use crate::cli::args::{Format, ImageLs, ImageRm};
 use crate::cli::exit::Usage;
@@ -17,21 +18,34 @@ pub(in crate::cli) fn ls(args: &ImageLs) -> anyhow::Result<()> {
     ];
     query.extend(args.search.clone().map(|search| ("search", search)));
     job::with_client(&args.server, async |client| {
-        let mut found: api::Images = client.get("images", &query).await?;
-        for _ in 1..args.page {
-            let Some(next) = found.next.take() else {
-                found.images.clear();
-                break;
-            };
-            query.retain(|(name, _)| *name != "cursor");
-            query.push(("cursor", next));
-            found = client.get("images", &query).await?;
-        }
-        print(args.format, &found, |found| managed_table(found, args))
+        list(client, query, args.page, args.page_size, args.format).await
     })
 }
 
-fn managed_table(found: &api::Images, args: &ImageLs) -> String {
+/// Prints a page of the caller's images that `query` selects.
+pub(super) async fn list(
+    client: &Client,
+    mut query: Vec<(&str, String)>,
+    page: u32,
+    page_size: u32,
+    format: Format,
+) -> anyhow::Result<()> {
+    let mut found: api::Images = client.get("images", &query).await?;
+    for _ in 1..page {
+        let Some(next) = found.next.take() else {
+            found.images.clear();
+            break;
+        };
+        query.retain(|(name, _)| *name != "cursor");
+        query.push(("cursor", next));
+        found = client.get("images", &query).await?;
+    }
+    print(format, &found, |found| {
+        managed_table(found, page, page_size)
+    })
+}
+
+fn managed_table(found: &api::Images, page: u32, page_size: u32) -> String {
     let header = [
         ("IMAGE", Align::Left),
         ("TAGS", Align::Left),
@@ -60,8 +74,8 @@ fn managed_table(found: &api::Images, args: &ImageLs) -> String {
     if (found.images.len() as u64) < found.total {
         out.push_str(&format!(
             "page {} of {}: {} of {}\n",
-            args.page,
-            found.total.div_ceil(u64::from(args.page_size.max(1))),
+            page,
+            found.total.div_ceil(u64::from(page_size.max(1))),
             found.images.len(),
             found.total
         ));

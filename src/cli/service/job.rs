@@ -44,13 +44,7 @@ pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
             watch(client, &args.id.to_string(), args.progress, verbose).await
         }),
         Job::Cancel(args) => with_client(&args.server, async |client| {
-            let save = client.cancel(&args.id.to_string()).await?;
-            let said = if save.state.is_final() {
-                format!("{}\n", save.state.name())
-            } else {
-                "cancelling: its node is told\n".to_owned()
-            };
-            Ok(write_stdout(said.as_bytes())?)
+            cancel(client, &args.id.to_string()).await
         }),
         Job::Hurry(args) => with_client(&args.server, async |client| {
             client.hurry(&args.id.to_string()).await?;
@@ -62,9 +56,7 @@ pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
             query.extend(args.of.clone().map(|of| ("user", of)));
             query.extend(args.after.clone().map(|after| ("cursor", after)));
             let found: Saves = client.get("saves", &query).await?;
-            print(args.format, &found, |found| {
-                saves_table(found, Timestamp::now())
-            })
+            print(args.format, &found, saves_now)
         }),
     }
 }
@@ -75,15 +67,31 @@ pub(super) fn with_client(
     work: impl AsyncFnOnce(&Client) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let client = Client::new(server)?;
+    until_signal(async || work(&client).await)
+}
+
+/// Runs `work` until a signal cancels.
+pub(super) fn until_signal(work: impl AsyncFnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
     let cancel = CancellationToken::new();
     signals::cancel_on_signals(&cancel).context("cannot listen for SIGINT and SIGTERM")?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the I/O threads")?;
     runtime.block_on(async {
         tokio::select! {
-            done = work(&client) => done,
+            done = work() => done,
             () = cancel.cancelled() => Err(Cancelled.into()),
         }
     })
+}
+
+/// Cancels a save, and prints what follows.
+pub(super) async fn cancel(client: &Client, id: &str) -> anyhow::Result<()> {
+    let save = client.cancel(id).await?;
+    let said = if save.state.is_final() {
+        format!("{}\n", save.state.name())
+    } else {
+        "cancelling: its node is told\n".to_owned()
+    };
+    Ok(write_stdout(said.as_bytes())?)
 }
 
 /// Parses `NAMESPACE/POD[/CONTAINER]` or an ID.
@@ -105,7 +113,7 @@ fn which(text: &str) -> Result<Which, Usage> {
 }
 
 /// Parses `NAME[:TAG]` or `:TAG`.
-fn image_name(text: Option<&str>) -> ImageName {
+pub(super) fn image_name(text: Option<&str>) -> ImageName {
     let some = |text: &str| (!text.is_empty()).then(|| text.to_owned());
     match text.map(|text| text.split_once(':').unwrap_or((text, ""))) {
         Some((name, tag)) => ImageName {
@@ -147,27 +155,46 @@ async fn submit(client: &Client, args: JobSubmit, verbose: bool) -> anyhow::Resu
     let key = args
         .idempotency_key
         .unwrap_or_else(|| Uuid::now_v7().to_string());
+    let save = self::request(client, &key, &request).await?;
+    if args.watch {
+        return watch(client, &save.id.to_string(), args.progress, verbose).await;
+    }
+    print_requested(args.format, &save)
+}
+
+/// Requests a save. If the manager cannot be reached, it is tried again.
+pub(super) async fn request(
+    client: &Client,
+    key: &str,
+    request: &SaveRequest,
+) -> Result<Save, Error> {
     let mut tries = 0;
-    let save: Save = loop {
-        match client.post("saves", &key, &request).await {
+    loop {
+        match client.post("saves", key, request).await {
             Err(Error::Unreachable { .. }) if tries < 2 => {
                 tries += 1;
                 tokio::time::sleep(Duration::from_secs(1)).await;
             }
-            result => break result?,
+            result => return result,
         }
-    };
-    if args.watch {
-        return watch(client, &save.id.to_string(), args.progress, verbose).await;
     }
-    match args.format {
+}
+
+/// Prints a save that was requested: its ID, or all of it.
+pub(super) fn print_requested(format: Format, save: &Save) -> anyhow::Result<()> {
+    match format {
         Format::Table => Ok(write_stdout(format!("{}\n", save.id).as_bytes())?),
-        Format::Json => print(Format::Json, &save, status_text),
+        Format::Json => print(Format::Json, save, status_text),
     }
 }
 
 /// Shows the progress of a save from the manager's events, and prints the reference to stdout at the end.
-async fn watch(client: &Client, id: &str, mode: Mode, verbose: bool) -> anyhow::Result<()> {
+pub(super) async fn watch(
+    client: &Client,
+    id: &str,
+    mode: Mode,
+    verbose: bool,
+) -> anyhow::Result<()> {
     let observer = progress::observer(mode, false, verbose);
     let mut reported = Reported::default();
     let save = client
@@ -349,7 +376,7 @@ pub(super) fn api_name<T: serde::Serialize>(value: &T) -> String {
         .unwrap_or_else(|| "-".to_owned())
 }
 
-fn sessions_table(sessions: &[SessionView]) -> String {
+pub(super) fn sessions_table(sessions: &[SessionView]) -> String {
     let header = [
         ("SESSION", Align::Left),
         ("NAME", Align::Left),
@@ -385,6 +412,11 @@ fn sessions_table(sessions: &[SessionView]) -> String {
         ]
     });
     text::table(&header, &rows.collect::<Vec<_>>())
+}
+
+/// Returns saves as a table, with their ages as of now.
+pub(super) fn saves_now(found: &Saves) -> String {
+    saves_table(found, Timestamp::now())
 }
 
 fn saves_table(found: &Saves, now: Timestamp) -> String {
@@ -428,7 +460,7 @@ fn saves_table(found: &Saves, now: Timestamp) -> String {
     out
 }
 
-fn status_text(save: &Save) -> String {
+pub(super) fn status_text(save: &Save) -> String {
     let mut lines = vec![
         ("save", save.id.to_string()),
         ("session", format!("{} on {}", save.session_name, save.node)),

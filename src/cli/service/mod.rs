@@ -1,11 +1,14 @@
-//! The verbs of the service: `manager`, `agent`, `up`, `setup`, `key` and `doctor`, and `job`, which talks to a manager.
+//! The verbs of the service: `manager`, `agent`, `up`, `setup`, `key` and `doctor`, and `job` and `kubectl`, which talk to
+//! a manager.
 
 mod callers;
 mod client;
 mod doctor;
 pub(super) mod images;
 mod job;
+mod kubectl;
 mod notices;
+mod renewed;
 mod setup;
 mod verbs;
 
@@ -20,6 +23,8 @@ pub(super) fn run(verb: Verb, roots: &Roots, verbose: bool) -> anyhow::Result<()
     match verb {
         Verb::Doctor(args) => doctor::doctor(roots.clone(), &args),
         Verb::Job(args) => job::run(args, verbose),
+        Verb::Kubectl(args) => kubectl::run(*args, verbose),
+        Verb::Crd => verbs::crd(),
         Verb::Up(args) => verbs::up(roots.clone(), *args),
         Verb::Manager(args) => verbs::manager(&args),
         Verb::Agent(args) => verbs::agent(roots.clone(), *args),
@@ -36,7 +41,12 @@ pub(super) fn role(verb: &Verb) -> Option<Role> {
         Verb::Up(_) => Some(Role::Up),
         Verb::Manager(args) if verbs::reads_files_of_others(args) => Some(Role::PrivilegedManager),
         Verb::Manager(_) => Some(Role::Manager),
-        Verb::Doctor(_) | Verb::Job(_) | Verb::Setup(_) | Verb::Key(_) => None,
+        Verb::Doctor(_)
+        | Verb::Job(_)
+        | Verb::Kubectl(_)
+        | Verb::Crd
+        | Verb::Setup(_)
+        | Verb::Key(_) => None,
     }
 }
 

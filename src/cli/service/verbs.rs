@@ -89,6 +89,12 @@ pub(super) fn key(args: &service::NodeKey) -> anyhow::Result<()> {
     }
 }
 
+/// Prints the definition of the `Save` resource.
+pub(super) fn crd() -> anyhow::Result<()> {
+    let definition = crate::service::kubernetes::crd::definition()?;
+    Ok(write_stdout(definition.as_bytes())?)
+}
+
 /// Connects to Redis if it is configured, for a manager or for the agent of `node`.
 async fn redis(queue: &service::Queue, node: Option<&str>) -> anyhow::Result<Option<Queue>> {
     let Some(url) = &queue.redis else {

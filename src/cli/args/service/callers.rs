@@ -77,6 +77,10 @@ pub(in crate::cli) struct Callers {
     /// service accounts
     #[arg(long, value_name = "TEXT", help_heading = CALLERS)]
     pub(in crate::cli) kubernetes_user_prefix: Option<String>,
+    /// Act for the Save resources of a Kubernetes cluster (saves.upperdeck.io): whoever may create one in a namespace may
+    /// save its pods
+    #[arg(long, help_heading = CALLERS)]
+    pub(in crate::cli) kubernetes_crd: bool,
     /// Kubeconfig with which the manager asks the API server [default: the service account of the manager's pod]
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = CALLERS)]
     pub(in crate::cli) kubeconfig: Option<PathBuf>,

@@ -9,6 +9,7 @@
 mod callers;
 mod doctor;
 mod job;
+mod kubectl;
 mod mail;
 
 use std::net::SocketAddr;
@@ -20,6 +21,7 @@ use clap::{Args, Subcommand, ValueEnum, ValueHint};
 pub(in crate::cli) use callers::{Callers, KubernetesPermission};
 pub(in crate::cli) use doctor::Doctor;
 pub(in crate::cli) use job::{Job, JobSubmit};
+pub(in crate::cli) use kubectl::{Cluster, Kubectl, KubectlSave, KubectlVerb};
 pub(in crate::cli) use mail::Mail;
 
 use super::shared::{Format, LIMITS, REGISTRY};
@@ -44,6 +46,12 @@ pub(in crate::cli) enum Verb {
     /// Request and follow saves through a manager
     #[command(subcommand, after_long_help = job::JOB_HELP)]
     Job(Job),
+    /// Save pods of a Kubernetes cluster, as 'kubectl upperdeck'
+    #[command(after_long_help = kubectl::KUBECTL_HELP)]
+    Kubectl(Box<Kubectl>),
+    /// Print the definition of the Save resource for a Kubernetes cluster
+    #[command(after_long_help = CRD_HELP)]
+    Crd,
     /// Run API, portal and agent in one process, for one machine
     #[command(after_long_help = UP_HELP)]
     Up(Box<Up>),
@@ -371,6 +379,17 @@ pub(in crate::cli) struct Agent {
     #[command(flatten)]
     pub(in crate::cli) push: Push,
 }
+
+const CRD_HELP: &str = "\
+Examples:
+  upperdeck crd | kubectl apply -f -
+
+A manager with --kubernetes-crd saves the pod that a Save names, and writes how far it is to the resource's status:
+  apiVersion: upperdeck.io/v1alpha1
+  kind: Save
+  metadata: {name: monday, namespace: team}
+  spec: {pod: notebook-0, image: 'lab:monday', message: with pandas}
+  $ kubectl get saves -w";
 
 pub(super) const SETUP_HELP: &str = "\
 Examples:
