@@ -21,6 +21,7 @@ mod packages;
 mod postgres;
 mod renaming;
 mod replace;
+mod resources;
 mod signin;
 mod site;
 mod smtp;

@@ -11,7 +11,7 @@ use axum::Router;
 use axum::extract::{Path as UrlPath, Request, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::{any, post};
+use axum::routing::{any, delete, get, patch, post};
 use serde_json::{Value, json};
 
 /// A token's user, and what the token is for.
@@ -40,6 +40,7 @@ pub struct Cluster {
     /// Audiences of the tokens that were requested.
     pub requested: Vec<Vec<String>>,
     pub proxied: usize,
+    pub saves: Resources,
     pub token_reviews: usize,
     pub access_reviews: usize,
 }
@@ -80,6 +81,23 @@ impl ApiServer {
             .route(
                 "/api/v1/namespaces/{namespace}/services/{service}/proxy/{*path}",
                 any(proxy),
+            )
+            .route("/apis/upperdeck.io/v1alpha1/saves", get(list_saves))
+            .route(
+                "/apis/upperdeck.io/v1alpha1/namespaces/{namespace}/saves/{name}",
+                delete(delete_save),
+            )
+            .route(
+                "/apis/upperdeck.io/v1alpha1/namespaces/{namespace}/saves/{name}/status",
+                patch(patch_status),
+            )
+            .route(
+                "/apis/coordination.k8s.io/v1/namespaces/default/leases",
+                any(lease),
+            )
+            .route(
+                "/apis/coordination.k8s.io/v1/namespaces/default/leases/upperdeck-saves",
+                any(lease),
             )
             .with_state(cluster.clone());
         let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await?;
@@ -282,4 +300,171 @@ async fn proxy(State(cluster): Shared, request: Request) -> Response {
         }
         Err(_) => failure(503, "error trying to reach service"),
     }
+}
+
+/// `Save` resources by namespace and name, and those who watch them.
+#[derive(Debug, Default)]
+pub struct Resources {
+    objects: BTreeMap<(String, String), Value>,
+    version: u64,
+    watchers: Vec<tokio::sync::mpsc::UnboundedSender<String>>,
+    lease: Option<Value>,
+}
+
+impl Resources {
+    fn tell(&mut self, kind: &str, object: &Value) {
+        let line = format!("{}\n", json!({"type": kind, "object": object}));
+        self.watchers
+            .retain(|watcher| watcher.send(line.clone()).is_ok());
+    }
+
+    fn next_version(&mut self) -> String {
+        self.version += 1;
+        self.version.to_string()
+    }
+
+    /// Creates a resource, as a user does.
+    pub fn create(&mut self, namespace: &str, name: &str, spec: Value, status: Option<Value>) {
+        let mut object = json!({
+            "apiVersion": "upperdeck.io/v1alpha1", "kind": "Save", "spec": spec,
+            "metadata": {
+                "name": name, "namespace": namespace, "uid": format!("uid-of-{name}"),
+                "creationTimestamp": "2026-11-30T12:00:00Z", "resourceVersion": self.next_version(),
+            },
+        });
+        if let Some(status) = status {
+            object["status"] = status;
+        }
+        self.tell("ADDED", &object);
+        self.objects
+            .insert((namespace.to_owned(), name.to_owned()), object);
+    }
+
+    pub fn status(&self, namespace: &str, name: &str) -> Value {
+        let object = self.objects.get(&(namespace.to_owned(), name.to_owned()));
+        object.map_or(Value::Null, |object| object["status"].clone())
+    }
+
+    pub fn has(&self, namespace: &str, name: &str) -> bool {
+        self.objects
+            .contains_key(&(namespace.to_owned(), name.to_owned()))
+    }
+
+    /// Deletes a resource, as a user does.
+    pub fn delete(&mut self, namespace: &str, name: &str) {
+        if let Some(object) = self
+            .objects
+            .remove(&(namespace.to_owned(), name.to_owned()))
+        {
+            self.tell("DELETED", &object);
+        }
+    }
+
+    /// The manager that holds the lease.
+    pub fn holder(&self) -> Option<String> {
+        let lease = self.lease.as_ref()?;
+        lease["spec"]["holderIdentity"].as_str().map(str::to_owned)
+    }
+}
+
+async fn list_saves(State(cluster): Shared, uri: axum::http::Uri) -> Response {
+    let mut cluster = cluster.lock().unwrap_or_else(PoisonError::into_inner);
+    let saves = &mut cluster.saves;
+    if uri
+        .query()
+        .is_some_and(|query| query.contains("watch=true"))
+    {
+        let (watcher, lines) = tokio::sync::mpsc::unbounded_channel::<String>();
+        saves.watchers.push(watcher);
+        let lines = futures_util::stream::unfold(lines, |mut lines| async move {
+            let line = lines.recv().await?;
+            Some((Ok::<_, std::convert::Infallible>(line), lines))
+        });
+        let body = axum::body::Body::from_stream(lines);
+        return ([("content-type", "application/json")], body).into_response();
+    }
+    let list = json!({
+        "apiVersion": "upperdeck.io/v1alpha1", "kind": "SaveList",
+        "metadata": {"resourceVersion": saves.version.to_string()},
+        "items": saves.objects.values().collect::<Vec<_>>(),
+    });
+    Json(list).into_response()
+}
+
+async fn patch_status(
+    State(cluster): Shared,
+    UrlPath((namespace, name)): UrlPath<(String, String)>,
+    Json(patch): Json<Value>,
+) -> Response {
+    let mut cluster = cluster.lock().unwrap_or_else(PoisonError::into_inner);
+    let saves = &mut cluster.saves;
+    let version = saves.next_version();
+    let Some(object) = saves.objects.get_mut(&(namespace, name)) else {
+        return failure(404, "saves not found");
+    };
+    merge(&mut object["status"], &patch["status"]);
+    object["metadata"]["resourceVersion"] = json!(version);
+    let object = object.clone();
+    saves.tell("MODIFIED", &object);
+    Json(object).into_response()
+}
+
+/// A merge patch (RFC 7386).
+fn merge(target: &mut Value, patch: &Value) {
+    let Some(patch) = patch.as_object() else {
+        *target = patch.clone();
+        return;
+    };
+    if !target.is_object() {
+        *target = json!({});
+    }
+    for (key, value) in patch {
+        if value.is_null() {
+            target.as_object_mut().and_then(|target| target.remove(key));
+        } else {
+            merge(&mut target[key], value);
+        }
+    }
+}
+
+async fn delete_save(
+    State(cluster): Shared,
+    UrlPath((namespace, name)): UrlPath<(String, String)>,
+) -> Response {
+    let mut cluster = cluster.lock().unwrap_or_else(PoisonError::into_inner);
+    if !cluster.saves.has(&namespace, &name) {
+        return failure(404, "saves not found");
+    }
+    cluster.saves.delete(&namespace, &name);
+    Json(json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}))
+        .into_response()
+}
+
+async fn lease(
+    State(cluster): Shared,
+    method: axum::http::Method,
+    body: axum::body::Bytes,
+) -> Response {
+    let mut cluster = cluster.lock().unwrap_or_else(PoisonError::into_inner);
+    let saves = &mut cluster.saves;
+    let before = saves
+        .lease
+        .as_ref()
+        .map(|lease| lease["metadata"]["resourceVersion"].clone());
+    if method == axum::http::Method::GET {
+        return match &saves.lease {
+            Some(lease) => Json(lease.clone()).into_response(),
+            None => failure(404, "leases not found"),
+        };
+    }
+    let Ok(mut lease) = serde_json::from_slice::<Value>(&body) else {
+        return failure(400, "the body cannot be read");
+    };
+    let given = lease["metadata"].get("resourceVersion").cloned();
+    if given != before {
+        return failure(409, "the object has been modified");
+    }
+    lease["metadata"]["resourceVersion"] = json!(saves.next_version());
+    saves.lease = Some(lease.clone());
+    Json(lease).into_response()
 }

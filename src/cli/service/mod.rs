@@ -60,6 +60,15 @@ pub(super) fn failure(cause: &(dyn std::error::Error + 'static)) -> Option<(Exit
         };
         return Some((error.exit(), code));
     }
+    if let Some(error) = cause.downcast_ref::<kube::Error>() {
+        return Some(match error {
+            kube::Error::Api(said) if matches!(said.code, 401 | 403) => {
+                (Exit::NotPermitted, "kubernetes")
+            }
+            kube::Error::Api(said) if said.code < 429 => (Exit::Failed, "kubernetes"),
+            _ => (Exit::Retry, "kubernetes_unavailable"),
+        });
+    }
     if let Some(error) = cause.downcast_ref::<queue::Error>() {
         return Some(match error {
             queue::Error::Unusable(_) => (Exit::Usage, "usage"),

@@ -1,11 +1,16 @@
 //! `Save`, a resource of a Kubernetes cluster that asks for the save of a pod.
 
+#![allow(
+    clippy::duplicated_attributes,
+    reason = "columns of a table have types in common"
+)]
+
 use kube::{CustomResource, CustomResourceExt as _, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Seconds for which an ended `Save` stays, if it does not say so itself.
-pub(crate) const TTL_S: u32 = 7 * 24 * 3600;
+pub(crate) const TTL_S: i32 = 7 * 24 * 3600;
 
 /// What is to be saved. It never changes: another save is another resource.
 #[derive(
@@ -52,7 +57,8 @@ pub struct SaveSpec {
     pub replace_own: bool,
     /// Seconds after its end when this resource is deleted; a week if absent. The image stays.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ttl_seconds_after_finished: Option<u32>,
+    #[schemars(range(min = 0))]
+    pub ttl_seconds_after_finished: Option<i32>,
 }
 
 #[allow(
@@ -93,7 +99,8 @@ pub struct SaveStatus {
     /// How far it is.
     pub phase: Phase,
     /// Part of the bytes that are done, from 0 to 100.
-    pub percent: u8,
+    #[schemars(range(min = 0, max = 100))]
+    pub percent: i32,
     /// ID of the save at the manager.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save: Option<String>,

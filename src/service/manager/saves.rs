@@ -445,6 +445,7 @@ pub(super) async fn history(
 ) -> Result<Listed<Saves>, Refusal> {
     let filter = Filter {
         user: caller.listed_user(asked.user.as_deref())?,
+        caller: caller.subject.as_ref().map(|_| caller.name.clone()),
         state: asked.state.and_then(StateOrAny::state),
         open: matches!(asked.state, Some(StateOrAny::Open)),
         session: asked.session.filter(|session| !session.is_empty()),

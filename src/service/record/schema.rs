@@ -5,8 +5,8 @@ use sqlx::{AnyPool, Row as _};
 use super::Error;
 
 /// The statements that migrate the schema from one version to the next. Released entries must never be changed.
-const VERSIONS: [&[&str]; 8] = [
-    FIRST, SIGN_INS, IMAGES, NOTICES, SESSIONS, PROVIDER, PACKAGES, MAIL,
+const VERSIONS: [&[&str]; 9] = [
+    FIRST, SIGN_INS, IMAGES, NOTICES, SESSIONS, PROVIDER, PACKAGES, MAIL, CALLERS,
 ];
 
 const FIRST: &[&str] = &[
@@ -215,6 +215,12 @@ const MAIL: &[&str] = &[
         n INT8 NOT NULL,
         PRIMARY KEY (user_name, day)
     )",
+];
+
+const CALLERS: &[&str] = &[
+    // Who asked for a save, which may be another than its user. Empty for saves of earlier versions.
+    "ALTER TABLE saves ADD COLUMN caller TEXT NOT NULL DEFAULT ''",
+    "CREATE INDEX saves_by_caller ON saves (caller, id)",
 ];
 
 /// Takes an advisory lock for the migration. The number is arbitrary.

@@ -179,8 +179,8 @@ impl Record {
         let body = written(save.id, save)?;
         let done = sqlx::query(
             "INSERT INTO saves (id, session, user_name, destination, node, state, version, cancelling, queued_ms,
-                changed_ms, body, progress_fence, progress_seq)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, 0, $8, $8, $9, 0, -1) ON CONFLICT DO NOTHING",
+                changed_ms, body, caller, progress_fence, progress_seq)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, 0, $8, $8, $9, $10, 0, -1) ON CONFLICT DO NOTHING",
         )
         .bind(&id)
         .bind(&save.session)
@@ -191,6 +191,7 @@ impl Record {
         .bind(save.version as i64)
         .bind(now)
         .bind(&body)
+        .bind(&save.caller)
         .execute(&mut *work)
         .await?;
         if done.rows_affected() == 0 {

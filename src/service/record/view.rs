@@ -23,6 +23,8 @@ const MAX_SAVED: i64 = 5000;
 pub struct Filter {
     /// Only saves of this user.
     pub user: Option<String>,
+    /// With `user`: also saves that this caller asked for.
+    pub caller: Option<String>,
     /// Only saves in this state.
     pub state: Option<State>,
     /// Only saves that have not ended.
@@ -97,7 +99,8 @@ impl Record {
     pub async fn history(&self, filter: &Filter, most: u32) -> Result<Vec<Save>, Error> {
         let rows = sqlx::query(
             "SELECT id, body, progress FROM saves
-             WHERE ($1 = '' OR user_name = $1) AND ($2 = '' OR state = $2) AND ($3 = '' OR session = $3)
+             WHERE ($1 = '' OR user_name = $1 OR ($7 <> '' AND caller = $7))
+             AND ($2 = '' OR state = $2) AND ($3 = '' OR session = $3)
              AND ($4 = '' OR id < $4) AND ($5 = 0 OR state IN ('queued', 'assigned', 'running'))
              ORDER BY id DESC LIMIT $6",
         )
@@ -107,6 +110,7 @@ impl Record {
         .bind(filter.after.map(|id| id.to_string()).unwrap_or_default())
         .bind(i64::from(filter.open))
         .bind(i64::from(most))
+        .bind(filter.caller.clone().unwrap_or_default())
         .fetch_all(&self.pool)
         .await?;
         rows.iter().map(save_of).collect()

@@ -7,7 +7,7 @@ mod lease;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::http::{HeaderMap, HeaderValue};
 use futures_util::StreamExt as _;
@@ -33,7 +33,10 @@ use crate::service::record;
 const EVERY: Duration = Duration::from_secs(2);
 /// How long a pod that no agent has told of is waited for, in milliseconds: agents tell of new ones every few seconds.
 const APPEARS_MS: i64 = 60_000;
-/// Maximum number of resources that are followed at the same time; the others follow when those have ended.
+/// Time between two requests for a save that was refused for a reason that may pass.
+const AGAIN: Duration = Duration::from_secs(10);
+/// Maximum number of resources that are followed at the same time. Of more, the others are listed again when half of them
+/// have gone.
 const MOST: usize = 10_000;
 
 /// Settings for `Save` resources.
@@ -47,6 +50,10 @@ pub struct Resources {
 #[derive(Default)]
 struct Followed {
     saves: HashMap<String, Save>,
+    /// When the save of a resource was requested last.
+    requested: HashMap<String, Instant>,
+    /// Whether there are more than [`MOST`].
+    more: bool,
     /// Those of a list that is still being read.
     listed: Vec<String>,
 }
@@ -71,9 +78,12 @@ impl Controller {
     pub(super) async fn run(&self, app: &App) {
         let leases = Api::namespaced(self.client.clone(), &self.namespace);
         let mut leader = lease::Leader::new(leases, &app.name);
-        let all: Api<Save> = Api::all(self.client.clone());
-        let events = watcher(all, watcher::Config::default()).default_backoff();
-        let mut events = std::pin::pin!(events);
+        let watch = || {
+            let all: Api<Save> = Api::all(self.client.clone());
+            let events = watcher(all, watcher::Config::default());
+            events.default_backoff().boxed()
+        };
+        let mut events = watch();
         let mut followed = Followed::default();
         let mut leases = tokio::time::interval(lease::EVERY);
         let mut states = tokio::time::interval(EVERY);
@@ -100,7 +110,12 @@ impl Controller {
                     None => break,
                 },
                 _ = states.tick() => {
-                    for (uid, save) in followed.saves.clone() {
+                    if followed.more && followed.saves.len() < MOST / 2 {
+                        followed.more = false;
+                        events = watch();
+                    }
+                    let due = if leader.leads() { followed.due() } else { Vec::new() };
+                    for (uid, save) in due {
                         if !leader.leads() || app.cancel.is_cancelled() {
                             break;
                         }
@@ -174,6 +189,28 @@ enum Failed {
 }
 
 impl Followed {
+    /// Returns the resources for which something may have to be done now.
+    fn due(&mut self) -> Vec<(String, Save)> {
+        let (saves, requested) = (&self.saves, &mut self.requested);
+        requested.retain(|uid, at| at.elapsed() < AGAIN && saves.contains_key(uid));
+        let due = saves.iter().filter(|(uid, save)| {
+            let status = save.status.as_ref();
+            match status {
+                Some(status) if status.phase.is_final() => has_lived(save, status),
+                Some(status) if status.save.is_some() => true,
+                _ => !requested.contains_key(*uid),
+            }
+        });
+        let due: Vec<_> = due.map(|(uid, save)| (uid.clone(), save.clone())).collect();
+        let now = Instant::now();
+        let to_request = due.iter().filter(|(_, save)| {
+            let status = save.status.as_ref();
+            status.is_none_or(|status| status.save.is_none())
+        });
+        requested.extend(to_request.map(|(uid, _)| (uid.clone(), now)));
+        due
+    }
+
     /// Takes in what the cluster tells. Returns a resource that was deleted.
     fn apply(&mut self, event: Event<Save>) -> Option<Save> {
         match event {
@@ -199,7 +236,8 @@ impl Followed {
         let Some(uid) = save.uid() else { return };
         if self.saves.len() < MOST || self.saves.contains_key(&uid) {
             self.saves.insert(uid, save);
-        } else {
+        } else if !self.more {
+            self.more = true;
             tracing::warn!(
                 most = MOST,
                 "there are more Save resources than are followed at once"
@@ -357,7 +395,7 @@ fn of_record(found: &record::Save, before: SaveStatus) -> SaveStatus {
     now.percent = match found.state {
         State::Succeeded => 100,
         // A hundred is what a save has that succeeded.
-        _ => (part * 100.0).clamp(0.0, 99.0) as u8,
+        _ => (part * 100.0).clamp(0.0, 99.0) as i32,
     };
     if found.state.is_final() {
         now.finished = Some(rfc3339(found.finished_ms.unwrap_or_else(now_ms)));
