@@ -105,6 +105,14 @@ async fn a_pod_is_saved_for_a_service_account() -> Outcomes {
     assert_eq!((said.exit, said.out.as_str()), (Some(0), "cancelled\n"));
     let said = desk.run("TOKEN-alice", &["-n", LAB, "watch", save]).await?;
     assert_eq!(said.exit, Some(130), "{}", said.err);
+    // Whoever asked for it finds it, although the image is its owner's.
+    let of_owner = ["-n", LAB, "save", "nb", "--no-wait"];
+    let of_owner = desk.run("TOKEN-alice", &of_owner).await?.out;
+    let said = desk
+        .run("TOKEN-alice", &["-n", LAB, "ls", "-o", "json"])
+        .await?;
+    let listed: Value = serde_json::from_str(&said.out)?;
+    assert_eq!(listed["saves"][0]["id"], json!(of_owner.trim()), "{listed}");
     let said = desk
         .run("TOKEN-alice", &["-n", LAB, "sessions", "-o", "json"])
         .await?;
