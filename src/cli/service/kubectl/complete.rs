@@ -183,19 +183,31 @@ fn values(place: &mut Place, arg: &Arg) {
     };
 }
 
-/// The flags of the cluster among the words. Those that are not complete yet are left out.
-fn cluster(before: &[String]) -> Option<Cluster> {
-    let words = ["upperdeck", "kubectl"].map(str::to_owned).into_iter();
-    let words = words.chain(before.iter().cloned());
-    let command = config::command().ignore_errors(true);
-    let found = command.try_get_matches_from(words).ok()?;
+/// The flags of the cluster among the words, which are completed to a command line.
+fn cluster(place: &Place, before: &[String]) -> Option<Cluster> {
+    let mut words = ["upperdeck", "kubectl"].map(str::to_owned).to_vec();
+    words.extend_from_slice(before);
+    if matches!(place.wanted, Wanted::Namespaces | Wanted::Containers) {
+        // The flag whose value is completed.
+        words.pop();
+    }
+    match place.verb.as_str() {
+        "" => words.push("ls".to_owned()),
+        "save" if place.positions.is_empty() => words.push("pod".to_owned()),
+        "watch" | "cancel" | "status" if place.positions.is_empty() => {
+            words.push(uuid::Uuid::nil().to_string());
+        }
+        _ => {}
+    }
+    let found = config::command().try_get_matches_from(words).ok()?;
     let (_, kubectl) = found.subcommand()?;
     Cluster::from_arg_matches(kubectl).ok()
 }
 
 /// Asks the cluster for names.
 async fn names(place: &Place, before: &[String]) -> anyhow::Result<Vec<String>> {
-    let cluster = cluster(before).ok_or_else(|| anyhow::anyhow!("the flags are not complete"))?;
+    let cluster =
+        cluster(place, before).ok_or_else(|| anyhow::anyhow!("the flags are not complete"))?;
     let few = ListParams::default().limit(MOST);
     if place.wanted == Wanted::Saves {
         let (client, _) = Connection::to_manager(&cluster).await?;
@@ -250,6 +262,22 @@ mod tests {
         let words: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
         let place = place(&words, partial);
         (place.wanted, place.candidates)
+    }
+
+    #[test]
+    fn the_flags_before_a_word_that_is_missing_are_known() {
+        for words in [
+            ["-n", "team", "save"].as_slice(),
+            &["save", "-n", "team"],
+            &["save", "nb", "-n", "team", "-c"],
+            &["cancel", "-n", "team"],
+            &["-n", "team", "--namespace"],
+        ] {
+            let words: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
+            let found = cluster(&place(&words, ""), &words);
+            let namespace = found.and_then(|cluster| cluster.namespace);
+            assert_eq!(namespace.as_deref(), Some("team"), "{words:?}");
+        }
     }
 
     #[test]
