@@ -7,7 +7,9 @@ use upperdeck::service::manager::{Options, Resources};
 
 use crate::kubernetes::{LAB, at_work, recorded, sessions};
 use crate::kubernetes_api::ApiServer;
-use crate::site::{Agent, Manager, Outcomes, PATIENCE, Site, Who, ask, succeeded};
+use crate::site::{Agent, Manager, Outcomes, PATIENCE, Site, Who, ask, http, succeeded};
+
+const EXCHANGES: &str = include_str!("../../fixtures/kubernetes/saves.jsonl");
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -60,6 +62,92 @@ impl Desk {
             tokio::time::sleep(Duration::from_millis(30)).await;
         }
     }
+}
+
+/// What is compared of an object: the rest is the server's own.
+fn of_object(object: &Value) -> [&Value; 4] {
+    [
+        &object["kind"],
+        &object["metadata"]["name"],
+        &object["spec"],
+        &object["status"],
+    ]
+}
+
+/// The exchanges of a manager with a real API server about one resource, from its creation to its deletion.
+#[tokio::test]
+async fn the_stand_in_tells_of_a_resource_as_a_real_api_server_did() -> Outcomes {
+    let server = ApiServer::start(recorded()?).await?;
+    let exchanges: Vec<Value> = EXCHANGES
+        .lines()
+        .map(serde_json::from_str)
+        .collect::<Result<_, _>>()?;
+    let of = |path: &str| format!("http://{}{path}", server.address);
+    let watched = exchanges
+        .iter()
+        .find(|exchange| exchange["response"].is_array());
+    let told = watched
+        .and_then(|exchange| exchange["response"].as_array())
+        .ok_or("no watch")?;
+    let mut lines = http()?
+        .get(of("/apis/upperdeck.io/v1alpha1/saves?watch=true"))
+        .send()
+        .await?;
+    let spec = told[0]["object"]["spec"].clone();
+    server.with(|cluster| cluster.saves.create(LAB, "monday", spec, None));
+    let mut compared = 0;
+    for exchange in &exchanges {
+        let path = exchange["path"].as_str().ok_or("no path")?;
+        let path = path.replace("/namespaces/lab/leases", "/namespaces/default/leases");
+        if path.contains("watch=true") || path.ends_with("saves?&limit=500") {
+            continue;
+        }
+        let method: reqwest::Method = exchange["method"].as_str().ok_or("no method")?.parse()?;
+        let mut request = exchange["request"].clone();
+        if method == reqwest::Method::PUT {
+            // The version is the server's own.
+            let now: Value = http()?.get(of(&path)).send().await?.json().await?;
+            request["metadata"]["resourceVersion"] = now["metadata"]["resourceVersion"].clone();
+        }
+        let sent = http()?.request(method, of(&path));
+        let sent = if request.is_null() {
+            sent
+        } else {
+            sent.json(&request)
+        };
+        let answer = sent.send().await?;
+        assert_eq!(
+            json!(answer.status().as_u16()),
+            exchange["status"],
+            "{path}"
+        );
+        let body: Value = answer.json().await?;
+        let expected = &exchange["response"];
+        if path.contains("/saves/") {
+            assert_eq!(of_object(&body)[2..], of_object(expected)[2..], "{path}");
+        } else {
+            assert_eq!(
+                body["spec"]["holderIdentity"],
+                expected["spec"]["holderIdentity"]
+            );
+        }
+        compared += 1;
+    }
+    assert!(compared >= 6, "{compared}");
+    let mut text = String::new();
+    for expected in told {
+        while !text.contains('\n') {
+            text.push_str(std::str::from_utf8(
+                &lines.chunk().await?.ok_or("the watch ended")?,
+            )?);
+        }
+        let (line, rest) = text.split_once('\n').ok_or("no line")?;
+        let event: Value = serde_json::from_str(line)?;
+        assert_eq!(event["type"], expected["type"]);
+        assert_eq!(of_object(&event["object"]), of_object(&expected["object"]));
+        text = rest.to_owned();
+    }
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -466,5 +466,9 @@ async fn lease(
     }
     lease["metadata"]["resourceVersion"] = json!(saves.next_version());
     saves.lease = Some(lease.clone());
-    Json(lease).into_response()
+    let code = match given {
+        Some(_) => StatusCode::OK,
+        None => StatusCode::CREATED,
+    };
+    (code, Json(lease)).into_response()
 }
