@@ -96,7 +96,7 @@ pub(super) enum Credential {
     /// Always the same.
     Fixed(Zeroizing<String>),
     /// One that is renewed before it expires.
-    Renewed(Renewed),
+    Renewed(Box<Renewed>),
 }
 
 /// A connection to a manager with the caller's credentials.

@@ -21,10 +21,10 @@ const SEEN: &str = "kubernetes.io/config.seen";
 /// Adds the labels and annotations from the first of the sandbox's `directories` that has a spec. What is not certainly
 /// the kubelet's is left out.
 pub(super) fn add_texts(pod: &mut Pod, directories: &[PathBuf]) {
-    let specs = directories
+    let mut specs = directories
         .iter()
         .map(|dir| Bundle::read(&dir.join("config.json")));
-    let Some(sandbox) = specs.filter_map(Result::ok).next() else {
+    let Some(sandbox) = specs.find_map(Result::ok) else {
         return;
     };
     let kept = |key: &str| -> Option<BTreeMap<String, String>> {

@@ -96,11 +96,8 @@ impl Connection {
             None => self.own_account().await?,
         };
         let accounts = Api::namespaced(self.kube.clone(), &namespace);
-        Ok(Credential::Renewed(Renewed::new(
-            accounts,
-            &name,
-            &cluster.audience,
-        )))
+        let renewed = Renewed::new(accounts, &name, &cluster.audience);
+        Ok(Credential::Renewed(Box::new(renewed)))
     }
 
     /// Returns namespace and name of the service account that the kubeconfig is of.

@@ -14,6 +14,8 @@ use kube::api::{Api, ObjectMeta, PostParams};
 pub(super) const NAME: &str = "upperdeck-saves";
 /// How long a lease lasts without being renewed.
 const DURATION: Duration = Duration::from_secs(15);
+/// How long this manager acts after it renewed the lease: less than until another may take it.
+const VALID: Duration = Duration::from_secs(10);
 /// How often it is renewed, or looked at.
 pub(super) const EVERY: Duration = Duration::from_secs(5);
 
@@ -39,7 +41,7 @@ impl Leader {
 
     /// Returns whether this manager holds the Lease for longer than it takes to notice that it does not.
     pub(super) fn leads(&self) -> bool {
-        self.held.is_some_and(|at| at.elapsed() < DURATION - EVERY)
+        self.held.is_some_and(|at| at.elapsed() < VALID)
     }
 
     /// Renews the Lease, or takes it if it has ended.

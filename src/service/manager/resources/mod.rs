@@ -472,7 +472,7 @@ async fn cancel(app: &App, save: &Save) {
         }
         Ok(_) => {}
         Err(error) => {
-            tracing::warn!(job = %id, %error, "the save of a deleted resource is not cancelled")
+            tracing::warn!(job = %id, %error, "the save of a deleted resource is not cancelled");
         }
     }
 }
