@@ -211,8 +211,15 @@ fn own_user(headers: &HeaderMap) -> Option<String> {
 }
 
 fn failure(code: u16, message: &str) -> Response {
+    let reason = match code {
+        401 => "Unauthorized",
+        404 => "NotFound",
+        409 => "Conflict",
+        503 => "ServiceUnavailable",
+        _ => "InternalError",
+    };
     let status = json!({
-        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": code, "message": message,
+        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": code, "message": message, "reason": reason,
     });
     let code = StatusCode::from_u16(code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     (code, Json(status)).into_response()
