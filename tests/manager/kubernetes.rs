@@ -345,7 +345,7 @@ async fn without_an_answer_nothing_is_allowed() -> Outcomes {
         200
     );
     let away = |answer: (u16, Value)| {
-        assert_eq!((answer.0, &answer.1["code"]), (503, &json!("unavailable")))
+        assert_eq!((answer.0, &answer.1["code"]), (503, &json!("unavailable")));
     };
     away(call(at, "TOKEN-bob", Method::GET, "/api/v1/sessions", None).await?);
     drop(server);

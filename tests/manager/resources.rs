@@ -43,7 +43,7 @@ impl Desk {
         })
     }
 
-    fn create(&self, name: &str, spec: Value) {
+    fn create(&self, name: &str, spec: &Value) {
         self.server
             .with(|cluster| cluster.saves.create(LAB, name, spec, None));
     }
@@ -93,7 +93,7 @@ async fn the_stand_in_tells_of_a_resource_as_a_real_api_server_did() -> Outcomes
         .get(of("/apis/upperdeck.io/v1alpha1/saves?watch=true"))
         .send()
         .await?;
-    let spec = told[0]["object"]["spec"].clone();
+    let spec = &told[0]["object"]["spec"];
     server.with(|cluster| cluster.saves.create(LAB, "monday", spec, None));
     let mut compared = 0;
     for exchange in &exchanges {
@@ -155,7 +155,7 @@ async fn the_pod_of_a_resource_is_saved() -> Outcomes {
     let desk = Desk::new().await?;
     let spec =
         json!({"pod": "nb", "image": "lab:monday", "message": "m", "ttlSecondsAfterFinished": 0});
-    desk.create("monday", spec);
+    desk.create("monday", &spec);
     let claim = desk.agent.claim().await?;
     let pending = desk
         .until("monday", |status| status["save"].is_string())
@@ -180,7 +180,7 @@ async fn the_pod_of_a_resource_is_saved() -> Outcomes {
     desk.until("monday", |status| status["phase"] == "Running")
         .await?;
     // It is deleted at once after its end, so the end is looked at in another one.
-    desk.create("tuesday", json!({"pod": "nb3", "image": "lab:tuesday"}));
+    desk.create("tuesday", &json!({"pod": "nb3", "image": "lab:tuesday"}));
     let other = desk.agent.claim().await?;
     desk.agent.begin(&other).await?;
     desk.agent.end(&claim, 2, succeeded()).await?;
@@ -220,9 +220,9 @@ async fn the_pod_of_a_resource_is_saved() -> Outcomes {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_saved_fails_and_names_the_reason() -> Outcomes {
     let desk = Desk::new().await?;
-    desk.create("none", json!({"pod": "none"}));
-    desk.create("unowned", json!({"pod": "nb2"}));
-    desk.create("reserved", json!({"pod": "nb", "image": "x:latest"}));
+    desk.create("none", &json!({"pod": "none"}));
+    desk.create("unowned", &json!({"pod": "nb2"}));
+    desk.create("reserved", &json!({"pod": "nb", "image": "x:latest"}));
     // The pod of this name in another namespace is not meant, nor is the save of another.
     let other =
         json!({"session": {"namespace": LAB, "pod": "nb3"}, "image": {"name": "n", "tag": "t"}});
@@ -239,7 +239,7 @@ async fn what_cannot_be_saved_fails_and_names_the_reason() -> Outcomes {
     desk.server.with(|cluster| {
         cluster
             .saves
-            .create(LAB, "forged", json!({"pod": "nb3"}), Some(forged))
+            .create(LAB, "forged", &json!({"pod": "nb3"}), Some(forged));
     });
     for (name, reason) in [
         ("none", "NotFound"),
@@ -275,7 +275,7 @@ async fn what_cannot_be_saved_fails_and_names_the_reason() -> Outcomes {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_resource_that_is_deleted_cancels_its_save() -> Outcomes {
     let desk = Desk::new().await?;
-    desk.create("monday", json!({"pod": "nb"}));
+    desk.create("monday", &json!({"pod": "nb"}));
     let pending = desk
         .until("monday", |status| status["save"].is_string())
         .await?;

@@ -331,7 +331,7 @@ impl Resources {
     }
 
     /// Creates a resource, as a user does.
-    pub fn create(&mut self, namespace: &str, name: &str, spec: Value, status: Option<Value>) {
+    pub fn create(&mut self, namespace: &str, name: &str, spec: &Value, status: Option<Value>) {
         let mut object = json!({
             "apiVersion": "upperdeck.io/v1alpha1", "kind": "Save", "spec": spec,
             "metadata": {

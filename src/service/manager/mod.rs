@@ -166,7 +166,7 @@ impl Server {
             }
         };
         let cluster = match &options.kubernetes {
-            Some(settings) => Some(auth::Cluster::new(settings.clone()).await?),
+            Some(settings) => Some(Box::pin(auth::Cluster::new(settings.clone())).await?),
             None => None,
         };
         let authenticator = auth::Authenticator::new(
@@ -192,7 +192,7 @@ impl Server {
             .map(|mail| mail::Mailer::new(mail, page))
             .transpose()?;
         let controller = match &options.resources {
-            Some(settings) => Some(resources::Controller::new(settings).await?),
+            Some(settings) => Some(Box::pin(resources::Controller::new(settings)).await?),
             None => None,
         };
         let name = options.name.clone().unwrap_or_else(own_name);
