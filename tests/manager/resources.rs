@@ -169,7 +169,7 @@ async fn the_pod_of_a_resource_is_saved() -> Outcomes {
     let (_, save) = ask(at, Who::Alice, reqwest::Method::GET, &path, None).await?;
     assert_eq!(
         [&save["name"], &save["tag"], &save["message"]],
-        ["lab", "monday", "m"]
+        [&json!("lab"), &json!("monday"), &json!("m")]
     );
     for _ in 0..2 {
         let claim = desk.agent.claim().await?;
