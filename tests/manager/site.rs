@@ -129,7 +129,7 @@ impl Site {
     }
 
     pub async fn manager_with(&self, options: Options) -> Fallible<Manager> {
-        self.manager_on(options, self.queue.clone()).await
+        Box::pin(self.manager_on(options, self.queue.clone())).await
     }
 
     pub async fn manager_on(&self, options: Options, queue: Queue) -> Fallible<Manager> {

@@ -100,12 +100,35 @@ class Daemon:
     def stop(self) -> None:
         if self.process.poll() is not None:
             return
+        # A hub starts proxy and services in groups of their own; one that had to be killed leaves them.
+        children = children_of(self.process.pid)
         self.process.terminate()
         try:
-            self.process.wait(30)
+            self.process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, 9)
             self.process.wait()
+        for child, begun in children.items():
+            # Its number may be another process's by now.
+            with contextlib.suppress(OSError):
+                if stat(child)[19] == begun:
+                    os.kill(child, 15)
+
+
+def stat(process: int) -> list[str]:
+    """Returns the fields of /proc/PID/stat from the state on: the parent is at 1, the time of the start at 19."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+
+
+def children_of(parent: int) -> dict[int, str]:
+    """Returns the processes that a process started and that run, with the times at which they began."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = stat(int(entry.name))
+            if int(fields[1]) == parent:
+                found[int(entry.name)] = fields[19]
+    return found
 
 
 class Lab:
@@ -299,7 +322,6 @@ class Lab:
     def close(self) -> None:
         for daemon in reversed(self.daemons):
             daemon.stop()
-        self._stop_proxy()
         if hasattr(self, "podman_environment"):
             subprocess.run(
                 ["podman", "rm", "--all", "--force", "--time", "1"], env=self.podman_environment, capture_output=True,
@@ -313,13 +335,6 @@ class Lab:
                 subprocess.run(["umount", "--quiet", str(overlay)], check=False)
         if os.environ.get("UPPERDECK_KEEP_LAB") != "1":
             shutil.rmtree(self.directory, ignore_errors=True)
-
-    def _stop_proxy(self) -> None:
-        # The hub ends its proxy; one that was killed does not.
-        file = self.directory / "proxy.pid"
-        if file.exists():
-            with contextlib.suppress(ProcessLookupError, ValueError):
-                os.kill(int(file.read_text()), 15)
 
 
 def answers(url: str) -> bool:

@@ -151,6 +151,22 @@ async def test_each_user_starts_from_the_own_image(user: str) -> None:
     assert started.upperdeck_session() == {"namespace": "hub", "pod": started.pod_name, "container": "notebook"}
 
 
+async def test_named_servers_are_sessions_of_one_owner() -> None:
+    manager = FakeManager()
+    manager.images = [image(owner_of("carol@example.com"), "work", "1")]
+    pods, secrets = set(), set()
+    for server in ("", "gpu", "Ünal Öz"):
+        made = spawner(manager, "carol@example.com", server=server)
+        made.upperdeck_pull_secrets = PullSecrets(Credentials())
+        [_, own] = await made.profile_list(made)
+        made.user_options = {"profile": own["slug"]}
+        await made.load_user_options()
+        assert made.get_env()["UPPERDECK_OWNER"] == owner_of("carol@example.com")
+        pods.add(made.upperdeck_session()["pod"])
+        secrets |= {one["name"] for one in made.image_pull_secrets}
+    assert len(pods) == len(secrets) == 3
+
+
 async def test_an_image_of_another_user_cannot_be_named() -> None:
     manager = FakeManager()
     everyone(manager)

@@ -73,7 +73,7 @@ impl Record {
     pub(crate) async fn repeated(&self, request: &Request) -> Result<Option<Save>, Error> {
         let row = sqlx::query(
             "SELECT saves.id AS id, body, progress FROM saves JOIN idempotency ON idempotency.save = saves.id
-             WHERE caller = $1 AND request_key = $2 AND request_hash = $3",
+             WHERE idempotency.caller = $1 AND request_key = $2 AND request_hash = $3",
         )
         .bind(&request.caller)
         .bind(&request.key)
