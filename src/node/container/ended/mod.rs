@@ -37,7 +37,7 @@ pub struct End {
     /// Whether it was created and never started.
     pub never_started: bool,
     /// The process that its runtime still records as running, although it is gone.
-    unnoticed: Option<u32>,
+    pub(crate) unnoticed: Option<u32>,
 }
 
 impl fmt::Display for End {
