@@ -11,3 +11,8 @@ pub(crate) mod private_files;
 pub mod reference;
 pub(crate) mod regular_file;
 pub mod waits;
+
+#[cfg(test)]
+#[allow(dead_code, reason = "each test program uses its part")]
+#[path = "../../tests/support/ignored.rs"]
+mod ignoring;

@@ -193,11 +193,6 @@ pub(crate) fn is_accessible_to_others(file: &fs::Metadata) -> bool {
 }
 
 #[cfg(test)]
-#[allow(dead_code, reason = "each test program uses its part")]
-#[path = "../../tests/support/ignored.rs"]
-mod ignoring;
-
-#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -266,7 +261,9 @@ mod tests {
     #[test]
     fn a_directory_of_another_user_is_refused_though_nobody_else_sees_into_it() -> io::Result<()> {
         if !rustix::process::geteuid().is_root() {
-            ignoring::ignore("needs root, which alone gives a directory to another user");
+            crate::common::ignoring::ignore(
+                "needs root, which alone gives a directory to another user",
+            );
             return Ok(());
         }
         let dir = tempfile::tempdir()?;

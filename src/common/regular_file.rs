@@ -119,7 +119,7 @@ mod tests {
     #[test]
     fn a_file_of_another_user_is_not_ones_own() -> io::Result<()> {
         if !rustix::process::geteuid().is_root() {
-            ignoring::ignore("needs root, which alone gives a file to another user");
+            crate::common::ignoring::ignore("needs root, which alone gives a file to another user");
             return Ok(());
         }
         let dir = tempfile::tempdir()?;
@@ -131,8 +131,3 @@ mod tests {
         Ok(())
     }
 }
-
-#[cfg(test)]
-#[allow(dead_code, reason = "each test program uses its part")]
-#[path = "../../tests/support/ignored.rs"]
-mod ignoring;

@@ -88,7 +88,7 @@ pub(super) async fn write(
     let cancel = context.cancel.clone();
     let mut attempt = 1;
     loop {
-        match answered(&cancel, put(of, &made, tag, permit)).await? {
+        match Box::pin(answered(&cancel, put(of, &made, tag, permit))).await? {
             Err(error) if attempt < MAX_ATTEMPTS && error.may_lack_blobs() => {
                 let why = format!(
                     "the destination may lack parts of the image, which are looked for again: {error}"

@@ -74,7 +74,7 @@ impl Looks {
         (self.told, self.left) = (reason, left);
         Some(Event::Waiting {
             reason,
-            seconds: (!left.is_zero()).then(|| left.as_secs_f64()),
+            seconds: (!left.is_zero()).then_some(left.as_secs_f64()),
         })
     }
 }
@@ -83,9 +83,9 @@ impl Looks {
 mod tests {
     use super::*;
 
-    fn waiting(reason: WaitReason, seconds: Option<f64>) -> Option<Event> {
+    fn waiting(reason: WaitReason, seconds: Option<f64>) -> Event {
         let reason = Some(reason);
-        Some(Event::Waiting { reason, seconds })
+        Event::Waiting { reason, seconds }
     }
 
     const OVER: Option<Event> = Some(Event::Waiting {
@@ -100,7 +100,10 @@ mod tests {
         assert_eq!(looks.look(writers), None, "a short one");
         assert_eq!(looks.look(None), None);
         assert_eq!(looks.look(writers), None);
-        assert_eq!(looks.look(writers), waiting(WaitReason::Writers, None));
+        assert_eq!(
+            looks.look(writers),
+            Some(waiting(WaitReason::Writers, None))
+        );
         assert_eq!(looks.look(writers), None, "it is told already");
         assert_eq!(looks.look(None), None);
         assert_eq!(looks.look(None), OVER);
@@ -114,14 +117,14 @@ mod tests {
         assert_eq!(looks.look(pause(8)), None);
         assert_eq!(
             looks.look(pause(8)),
-            waiting(WaitReason::Registry, Some(8.0))
+            Some(waiting(WaitReason::Registry, Some(8.0)))
         );
         for left in [7, 6, 5] {
             assert_eq!(looks.look(pause(left)), None);
         }
         assert_eq!(
             looks.look(pause(16)),
-            waiting(WaitReason::Registry, Some(16.0))
+            Some(waiting(WaitReason::Registry, Some(16.0)))
         );
     }
 

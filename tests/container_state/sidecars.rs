@@ -74,7 +74,10 @@ fn the_default_container_of_a_pod_of_crio_is_meant() -> Outcome {
         annotate_crio(&node, &annotation(name))?;
         let found = find(&node.roots, pod)?;
         let default = found.pod.as_ref().and_then(|pod| pod.default_container());
-        assert_eq!((found.id.as_str(), default.map(String::as_str)), (id, Some(name)));
+        assert_eq!(
+            (found.id.as_str(), default.map(String::as_str)),
+            (id, Some(name))
+        );
     }
     // A name of a container goes before the default.
     assert_eq!(find(&node.roots, &format!("{pod}/notebook"))?.id, CRIO_ID);
@@ -102,7 +105,13 @@ fn the_default_container_of_a_pod_of_containerd_is_recorded() -> Outcome {
     let Some(node) = containerd_node() else {
         return Ok(());
     };
-    let default = |found: &Container| found.pod.as_ref().and_then(|pod| pod.default_container()).cloned();
+    let default = |found: &Container| {
+        found
+            .pod
+            .as_ref()
+            .and_then(|pod| pod.default_container())
+            .cloned()
+    };
     assert_eq!(default(&find(&node.roots, CONTAINERD_ID)?), None);
     let path = node.path(META);
     let mut tree = bolt::read(&path, |db| Tree::read(&db.root()))?;

@@ -81,7 +81,7 @@ pub fn populate(world: &mut World) {
     world.packages.insert(first.clone(), list.clone());
     // Two saves of one name.
     for tag in ["2026-11-22-0900", "2026-11-24-1000"] {
-        world.sessions[0].suggested_tag = tag.to_owned();
+        tag.clone_into(&mut world.sessions[0].suggested_tag);
         let save = world.ended(0, State::Succeeded, None, 50_000);
         world.packages.insert(save.id.to_string(), list.clone());
     }

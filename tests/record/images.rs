@@ -136,8 +136,8 @@ fn what_a_user_declines_is_not_shared_with_that_user_and_with_others_it_is() -> 
             groups: Some(vec!["lab".into()]),
             ..NoteChange::default()
         };
-        record.change_note(&key("own"), &user).await?;
-        record.change_note(&key("group"), &group).await?;
+        record.change_note(&key("own"), &user, None).await?;
+        record.change_note(&key("group"), &group, None).await?;
         for name in ["own", "group", "none"] {
             record.decline(&key(name), "bob").await?;
             record.decline(&key(name), "bob").await?;
@@ -148,7 +148,7 @@ fn what_a_user_declines_is_not_shared_with_that_user_and_with_others_it_is() -> 
         assert_eq!(record.note(&key("own")).await?.shared, ["carol"]);
         assert_eq!(record.note(&key("group")).await?.groups, ["lab"]);
         // By name it can be shared again.
-        record.change_note(&key("own"), &user).await?;
+        record.change_note(&key("own"), &user, None).await?;
         assert_eq!(record.shared_with("bob", &lab).await?, [key("own")]);
         Ok(())
     })

@@ -285,7 +285,7 @@ mod tests {
 
     fn record(key: &str, value: &[u8]) -> Vec<u8> {
         let rest = key.len() + value.len() + 3;
-        let length = (1..).find(|length: &usize| rest + length.to_string().len() == *length);
+        let length = (1..1000).find(|length: &usize| rest + length.to_string().len() == *length);
         let mut record = format!("{} {key}=", length.unwrap()).into_bytes();
         record.extend_from_slice(value);
         record.push(b'\n');

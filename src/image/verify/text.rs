@@ -503,7 +503,7 @@ mod tests {
             &"/for 0..100000 f{}\n".repeat(10),
             "f random=1,99999999999999999",
             "f zeros=18446744073709551615",
-            &"/for 0..100000 f{} uname={x*600}\n",
+            "/for 0..100000 f{} uname={x*600}\n",
         ] {
             let error = parse(text).expect_err(text);
             assert!(error.reason.contains("bytes"), "{text}: {error}");

@@ -243,7 +243,8 @@ fn find_within(roots: &Roots, name: &str, reach: Reach) -> Result<Container, Err
         }
         // An earlier run of a pod's container.
         others.retain(|other| {
-            let is_same = |draft: &RecordedContainer| is_same_pod(draft.pod.as_ref(), other.pod.as_ref());
+            let is_same =
+                |draft: &RecordedContainer| is_same_pod(draft.pod.as_ref(), other.pod.as_ref());
             !running.iter().any(|(draft, _)| is_same(draft))
         });
         match (running.as_slice(), others.as_slice()) {
@@ -296,11 +297,18 @@ fn attempts<'r>(
     let mut skipped: Vec<&EndedRecord> = Vec::new();
     for record in newest_first {
         let is_current = previous
-            && !skipped.iter().any(|other| is_same_pod(other.pod.as_ref(), record.pod.as_ref()))
-            && !running.iter().any(|(draft, _)| is_same_pod(draft.pod.as_ref(), record.pod.as_ref()));
+            && !skipped
+                .iter()
+                .any(|other| is_same_pod(other.pod.as_ref(), record.pod.as_ref()))
+            && !running
+                .iter()
+                .any(|(draft, _)| is_same_pod(draft.pod.as_ref(), record.pod.as_ref()));
         if is_current {
             skipped.push(record);
-        } else if !meant.iter().any(|other| is_same_pod(other.pod.as_ref(), record.pod.as_ref())) {
+        } else if !meant
+            .iter()
+            .any(|other| is_same_pod(other.pod.as_ref(), record.pod.as_ref()))
+        {
             meant.push(record);
         }
     }
@@ -329,8 +337,15 @@ fn meant(mut running: Vec<RunningDraft<'_>>) -> Result<Vec<RunningDraft<'_>>, Er
     if running.iter().any(|(draft, _)| uid(draft) != uid(first)) {
         return Ok(running);
     }
-    let names: Vec<&str> = running.iter().map(|(draft, _)| container_name(draft)).collect();
-    let default = first.pod.as_ref().and_then(Pod::default_container).map(String::as_str);
+    let names: Vec<&str> = running
+        .iter()
+        .map(|(draft, _)| container_name(draft))
+        .collect();
+    let default = first
+        .pod
+        .as_ref()
+        .and_then(Pod::default_container)
+        .map(String::as_str);
     if let Some(at) = pod::meant(&names, default) {
         return Ok(vec![running.swap_remove(at)]);
     }

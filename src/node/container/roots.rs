@@ -85,7 +85,6 @@ impl Roots {
     pub(super) fn believed(&self, problems: &mut Vec<Problem>) -> Self {
         let mut roots = self.clone();
         let mut believes = |path: &mut PathBuf| match self.resolve_root(path) {
-            Ok(()) => true,
             Err(error) if error.kind() == io::ErrorKind::Other => {
                 problems.push(Problem {
                     path: path.clone(),
@@ -95,7 +94,7 @@ impl Roots {
                 false
             }
             // A directory that does not exist has no records, and other errors are reported when they are read.
-            Err(_) => true,
+            Ok(()) | Err(_) => true,
         };
         roots
             .containerd

@@ -576,7 +576,10 @@ mod tests {
             let found = it.packages()?;
             // What is read, is listed.
             assert_eq!(lines(&found), [format!("pip numpy 1 - {SITE}")], "{reason}");
-            let unread = (found.unread[0].path.as_str(), found.unread[0].reason.as_str());
+            let unread = (
+                found.unread[0].path.as_str(),
+                found.unread[0].reason.as_str(),
+            );
             assert_eq!(unread, (path, reason));
             let note = "it is not known whether 2 packages are still installed";
             assert_eq!(found.notes, [note], "{reason}");
@@ -584,7 +587,10 @@ mod tests {
         };
         let file = "var/lib/dpkg/status";
         let it = overlay()?;
-        it.write(&format!("upper/{file}"), "Package: a\nVersion: 1\u{1b}[2J\n")?;
+        it.write(
+            &format!("upper/{file}"),
+            "Package: a\nVersion: 1\u{1b}[2J\n",
+        )?;
         check(&it, file, "its version is not one")?;
         let it = overlay()?;
         std::fs::create_dir_all(it.mount.upper.join("var/lib/dpkg"))?;
@@ -602,7 +608,10 @@ mod tests {
         check(&it, "var/lib/dpkg", followed)?;
         // In the base.
         let it = Overlay::new()?;
-        it.write(&format!("lower1/{file}"), "Package: a\nVersion: 1\u{1b}[2J\n")?;
+        it.write(
+            &format!("lower1/{file}"),
+            "Package: a\nVersion: 1\u{1b}[2J\n",
+        )?;
         it.write(&format!("upper/{file}"), status)?;
         let found = it.packages()?;
         assert_eq!(lines(&found), [""; 0]);

@@ -620,7 +620,8 @@ mod tests {
         };
         let alice = caller(Some("alice"), false);
         let found = |all: &[Session]| {
-            find_within(all, &alice, &Reach::Owned, &which).map(|session| session.container.clone().unwrap_or_default())
+            find_within(all, &alice, &Reach::Owned, &which)
+                .map(|session| session.container.clone().unwrap_or_default())
         };
         let default = |name| [of("ab", "main", name), of("ac", "log", name)];
         assert_eq!(found(&default(Some("log"))).ok().as_deref(), Some("log"));

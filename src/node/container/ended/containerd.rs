@@ -77,7 +77,7 @@ pub(super) fn records(roots: &Roots) -> Vec<EndedRecord> {
             let store = snapshots_of(containerd, &record.snapshotter);
             let root = root_of(&store, &record, chain.as_deref());
             let status = status(roots, containerd, &id);
-            records.push(one(namespace, id, &record, root, status, &meta));
+            records.push(one(namespace, id, &record, root, status.as_ref(), &meta));
         }
     }
     records
@@ -88,7 +88,7 @@ fn one(
     id: String,
     record: &Record,
     root: Option<super::RecordedRoot>,
-    status: Option<Status>,
+    status: Option<&Status>,
     meta: &Path,
 ) -> EndedRecord {
     let spec = record.spec.as_deref().map(Bundle::parse);
@@ -111,8 +111,8 @@ fn one(
             .as_ref()
             .map_or(0, |cri| cri.config.metadata.attempt),
         sandbox: record.sandbox,
-        end: status.as_ref().map(end).unwrap_or_default(),
-        removing: status.as_ref().is_some_and(|status| status.removing),
+        end: status.map(end).unwrap_or_default(),
+        removing: status.is_some_and(|status| status.removing),
         state: meta.to_path_buf(),
         image_name: annotation("io.kubernetes.cri.image-name")
             .map(str::to_owned)
