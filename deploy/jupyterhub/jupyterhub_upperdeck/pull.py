@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlencode
@@ -140,12 +139,18 @@ def secret(name: str, host: str, user: str, password: str) -> dict[str, Any]:
 
 
 async def write_secret(spawner: Any, body: dict[str, Any]) -> None:
-    """Creates the Secret, or replaces the one of an earlier start."""
+    """Creates the Secret, in place of the one of an earlier start.
+
+    The hub's role in zero-to-jupyterhub may create and delete Secrets, and not update them.
+    """
     name, namespace = body["metadata"]["name"], spawner.namespace
-    create: Callable[..., Awaitable[Any]] = spawner.api.create_namespaced_secret
     try:
-        await create(namespace, body)
+        try:
+            await spawner.api.create_namespaced_secret(namespace, body)
+        except Exception as error:
+            if getattr(error, "status", None) != 409:
+                raise
+            await spawner.api.delete_namespaced_secret(name, namespace)
+            await spawner.api.create_namespaced_secret(namespace, body)
     except Exception as error:
-        if getattr(error, "status", None) != 409:
-            raise Problem.unavailable(f"the Secret {name} cannot be written: {error}") from error
-        await spawner.api.replace_namespaced_secret(name, namespace, body)
+        raise Problem.unavailable(f"the Secret {name} cannot be written: {error}") from error

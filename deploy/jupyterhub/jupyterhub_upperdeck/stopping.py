@@ -126,8 +126,8 @@ class _Saving:
         image = f"{save.get('name', '')}:{save.get('tag', '')}"
         if save.get("state") == "succeeded":
             result = save.get("result") or {}
-            bytes_ = size(result.get("layer_bytes"))
-            return Outcome.now(True, f"Saved as {image}" + (f" ({bytes_} of changes)." if bytes_ else "."))
+            changed = result.get("layer_bytes")
+            return Outcome.now(True, f"Saved as {image}" + (f" ({size(changed)} of changes)." if changed else "."))
         error = (save.get("error") or {}).get("message") or f"the save was {save.get('state')}"
         return Outcome.now(False, f"Not saved: {error}")
 

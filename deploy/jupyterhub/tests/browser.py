@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lab import TREE, until
 from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
+
+from lab import TREE, until
 
 SHOTS = TREE / "target/jupyterhub/screenshots"
 
@@ -99,15 +99,27 @@ class Browser:
         field.send_keys(Keys.CONTROL, "a")
         field.send_keys(text)
 
-    def keys(self, text: str) -> None:
-        webdriver.ActionChains(self.driver).send_keys(text).perform()
-        time.sleep(0.1)
+    def type(self, selector: str, text: str) -> None:
+        """Writes into a field that need not be seen, such as a terminal's."""
+
+        def press() -> bool:
+            self.driver.find_element(By.CSS_SELECTOR, selector).send_keys(text)
+            return True
+
+        self._until(f"a place to write in {selector}", press)
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
 
+    def speak(self, language: str) -> None:
+        """Changes the browser's language and loads the page anew."""
+        agent = self.run("return navigator.userAgent")
+        self.driver.execute_cdp_cmd("Network.setUserAgentOverride", {"userAgent": agent, "acceptLanguage": language})
+        self.driver.refresh()
+
     def errors(self) -> list[str]:
-        """Returns what the console has of violations and of scripts that failed."""
+        """Returns what the console has of our own scripts: those that failed, and violations of the page's policy."""
         log: list[dict[str, Any]] = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
-        wrong = ("Content Security Policy", "Uncaught", "upperdeck")
-        return [one["message"] for one in log if one["level"] == "SEVERE" and any(w in one["message"] for w in wrong)]
+        ours = ("labextensions/jupyterlab-upperdeck", "/services/upperdeck/")
+        severe = [one["message"] for one in log if one["level"] == "SEVERE"]
+        return [message for message in severe if any(place in message for place in ours)]

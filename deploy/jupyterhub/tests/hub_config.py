@@ -32,8 +32,6 @@ c.JupyterHub.load_roles = [
     },
 ]
 c.Spawner.cmd = ["python3", "-m", "jupyterhub.singleuser"]
-# Lab asks the internet for news otherwise.
-c.Spawner.args = ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
 c.Spawner.default_url = "/lab"
 c.Spawner.http_timeout = 120
 c.Spawner.start_timeout = 180

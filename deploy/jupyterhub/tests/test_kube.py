@@ -9,12 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake import FakeManager, image
 from jupyterhub.objects import Hub, Server
 from kubespawner import KubeSpawner
 from tornado import web
 from traitlets.config import Config
 
+from fake import FakeManager, image
 from jupyterhub_upperdeck import owner_of, profile_list
 from jupyterhub_upperdeck.kube import UpperdeckKubeSpawner
 from jupyterhub_upperdeck.manager import Manager
@@ -64,8 +64,8 @@ class Api:
             raise error
         self.secrets[namespace, name] = body
 
-    async def replace_namespaced_secret(self, name: str, namespace: str, body: dict[str, Any]) -> None:
-        self.secrets[namespace, name] = body
+    async def delete_namespaced_secret(self, name: str, namespace: str) -> None:
+        del self.secrets[namespace, name]
 
 
 class Spawner(UpperdeckKubeSpawner):

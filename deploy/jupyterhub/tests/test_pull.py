@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake import image
 from tornado import httpserver, netutil, web
 
+from fake import image
 from jupyterhub_upperdeck.images import _read
 from jupyterhub_upperdeck.manager import Problem
 from jupyterhub_upperdeck.pull import HarborRobots, secret_key

@@ -85,11 +85,11 @@ class Form extends Widget implements Dialog.IBodyWidget<Wanted> {
       element('label', {}, element('span', {}, t('tag')), this.version),
       element('label', {}, element('span', {}, t('message')), this.message),
       session.problem ? element('p', { class: 'jp-upperdeck-problem' }, plain(session.problem)) : '',
+      starting(contents),
       element('h3', {}, t('within')),
       within(contents),
       element('h3', {}, t('without')),
-      without(contents),
-      starting(contents)
+      without(contents)
     );
   }
 
