@@ -8,7 +8,6 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::ended::IdMaps;
 use super::error::Error;
 use super::process::Process;
 use super::roots::read_json;
@@ -128,6 +127,13 @@ pub(super) fn bounded(texts: Option<BTreeMap<String, String>>) -> Option<BTreeMa
         let bytes = texts.iter().map(|(key, value)| key.len() + value.len());
         !too_much(texts.len(), bytes.sum())
     })
+}
+
+/// The maps of a user namespace, for users and groups. Both are empty without one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct IdMaps {
+    pub(super) uids: Vec<IdMapping>,
+    pub(super) gids: Vec<IdMapping>,
 }
 
 impl Bundle {

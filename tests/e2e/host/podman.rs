@@ -44,7 +44,9 @@ impl Podman {
 
     fn command(&self) -> Command {
         let mut podman = command::<&str>("podman", []);
+        // conmon notes there that a container was out of memory.
         podman
+            .current_dir(&self.dir)
             .env("CONTAINERS_CONF", self.dir.join("containers.conf"))
             .env("CONTAINERS_STORAGE_CONF", self.dir.join("storage.conf"));
         podman

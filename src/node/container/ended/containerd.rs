@@ -8,15 +8,16 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::super::Runtime;
 use super::super::bolt;
+use super::super::bundle::{Bundle, IdMaps};
 use super::super::containerd::{
     METADATA, Record, chains_of, container_ids, names, pod, record as metadata_of, root_of,
     snapshots_of,
 };
 use super::super::error::Error;
 use super::super::roots::{ContainerdRoot, Roots, read_json};
-use super::super::{Runtime, bundle::Bundle};
-use super::{End, EndedRecord, IdMaps};
+use super::{End, EndedRecord};
 
 /// Directory with a directory for each container of the CRI plugin.
 const CRI: &str = "io.containerd.grpc.v1.cri/containers";

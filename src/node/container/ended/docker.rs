@@ -10,13 +10,14 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::super::bundle::{self, IdMaps};
 use super::super::docker::{
     CONFIG_CAP, Config2, data_roots, names, record as root_record, remapped,
 };
 use super::super::error::Error;
 use super::super::roots::{Roots, read_dir, read_file, read_json};
-use super::super::{IdMapping, MountPoint, Runtime, Spec, bundle};
-use super::{End, EndedRecord, IdMaps, go_time, runtime_mount};
+use super::super::{IdMapping, MountPoint, Runtime, Spec};
+use super::{End, EndedRecord, go_time, runtime_mount};
 use crate::node::overlay::mount::OverlayMount;
 use crate::node::overlay::root::Root;
 

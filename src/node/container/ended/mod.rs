@@ -16,12 +16,13 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use super::bundle::IdMaps;
 use super::error::Error;
 use super::mount_tables::Tables;
 use super::process;
 use super::recorded::{RecordedContainer, RecordedRoot, label};
 use super::roots::Roots;
-use super::{Container, IdMapping, Life, MountPoint, Pod, Runtime, Spec};
+use super::{Container, Life, MountPoint, Pod, Runtime, Spec};
 use crate::node::overlay::mount::OverlayMount;
 use crate::node::overlay::xattr::Namespace;
 
@@ -98,13 +99,6 @@ pub(super) struct EndedRecord {
     ids: Result<IdMaps, String>,
     mounts: Vec<MountPoint>,
     spec: Spec,
-}
-
-/// The maps of a user namespace, for users and groups. Both are empty without one.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct IdMaps {
-    pub(super) uids: Vec<IdMapping>,
-    pub(super) gids: Vec<IdMapping>,
 }
 
 impl EndedRecord {

@@ -10,7 +10,7 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::super::bolt;
-use super::super::bundle::Bundle;
+use super::super::bundle::{Bundle, IdMaps};
 use super::super::error::Error;
 use super::super::recorded::RecordedRoot;
 use super::super::roots::{Roots, StorageRoot, read_file, read_json};
@@ -18,7 +18,7 @@ use super::super::storage::{
     ROOT_MODE, StoredContainer, StoredLayer, below, chain, containers, is_id, layers, metadata, pod,
 };
 use super::super::{IdMapping, Runtime};
-use super::{End, EndedRecord, IdMaps, go_time};
+use super::{End, EndedRecord, go_time};
 
 /// Maximum size of a state file in bytes; CRI-O's repeats the annotations.
 const STATE_CAP: u64 = 8 << 20;
