@@ -344,7 +344,7 @@ fn every_dependency_is_used_by_a_source() -> Outcome {
 }
 
 /// Crates that are built in more than one version, and who needs the older one.
-const TWICE: [(&str, &str); 26] = [
+const TWICE: [(&str, &str); 29] = [
     ("base64", "oci-client, openidconnect, sqlx"),
     ("block-buffer", "digest"),
     // openidconnect has the older ones of the crates for RSA; it verifies with them, and has no private key.
@@ -360,6 +360,9 @@ const TWICE: [(&str, &str); 26] = [
     ("getrandom", "ring, rand"),
     ("hashbrown", "sqlx"),
     ("hmac", "openidconnect, sqlx"),
+    ("jiff", "k8s-openapi, kube"),
+    ("jiff-core", "k8s-openapi, kube"),
+    ("pem", "kube"),
     ("pem-rfc7468", "openidconnect (rsa)"),
     ("pkcs1", "openidconnect (rsa)"),
     ("pkcs8", "openidconnect (rsa)"),
