@@ -326,8 +326,16 @@ fn the_program_understands_the_settings_that_are_rendered() -> Outcome {
         "agent.settings.commit_flag={--pause=none}",
         "metrics.serviceMonitor=true",
         "metrics.rules=true",
+        "kubernetesAuth.enabled=true",
+        "kubernetesSaves.enabled=true",
     ];
     let all = rendered(&helm, &set)?;
+    let defined = object(&all, "CustomResourceDefinition", "saves.upperdeck.io")?;
+    let output = Command::new(env!("CARGO_BIN_EXE_upperdeck"))
+        .arg("crd")
+        .output()?;
+    let printed: Value = serde_json::from_slice(&output.stdout)?;
+    assert_eq!(defined["spec"], printed["spec"], "deploy/helm/upperdeck/files/saves.json");
     let dir = tempfile::tempdir()?;
     for (verb, expected) in [
         (
@@ -336,6 +344,8 @@ fn the_program_understands_the_settings_that_are_rendered() -> Outcome {
                 "retention = \"90d\"",
                 "public_url = \"https://save.example.org/\"",
                 "10.1.0.0/16",
+                "kubernetes_auth = true",
+                "kubernetes_crd = true",
             ][..],
         ),
         (
@@ -396,6 +406,7 @@ fn an_api_server_takes_what_is_rendered() -> Outcome {
         "agent.nodeKeys.source=secret",
         "agent.nodeKeys.existingSecret=nodes",
         "kubernetesAuth.enabled=true",
+        "kubernetesSaves.enabled=true",
     ];
     let all = all.map(str::to_owned).to_vec();
     for set in presets.into_iter().chain([all]) {
