@@ -335,7 +335,10 @@ fn the_program_understands_the_settings_that_are_rendered() -> Outcome {
         .arg("crd")
         .output()?;
     let printed: Value = serde_json::from_slice(&output.stdout)?;
-    assert_eq!(defined["spec"], printed["spec"], "deploy/helm/upperdeck/files/saves.json");
+    assert_eq!(
+        defined["spec"], printed["spec"],
+        "deploy/helm/upperdeck/files/saves.json"
+    );
     let dir = tempfile::tempdir()?;
     for (verb, expected) in [
         (

@@ -115,6 +115,13 @@ fn sort_key(container: &Container) -> (Option<String>, Option<(String, String)>,
 /// Lists the containers on disk that have no process.
 fn ended_records(roots: &Roots, drafts: &[RecordedContainer]) -> Vec<EndedRecord> {
     let mut records = ended::records(roots);
+    // A container of which only a part can be read, which is reported, is not known to have ended either.
+    records.retain(|record| {
+        drafts.iter().any(|draft| draft.id == record.id)
+            || record
+                .pid
+                .is_none_or(|pid| matches!(process::start_of(roots, pid), Ok(None)))
+    });
     for draft in drafts {
         let lives = |draft: &RecordedContainer| {
             // A container whose process cannot be read, or is in another PID namespace, is not known to have ended.

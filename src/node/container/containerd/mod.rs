@@ -30,7 +30,7 @@ use super::recorded::{RecordedContainer, RecordedRoot};
 use super::roots::{ContainerdRoot, Roots, pid_file, read_dir};
 use super::{Pod, Runtime};
 
-const TASKS: &str = "io.containerd.runtime.v2.task";
+pub(super) const TASKS: &str = "io.containerd.runtime.v2.task";
 pub(super) const METADATA: &str = "io.containerd.metadata.v1.bolt/meta.db";
 
 /// A task according to its bundle directory.

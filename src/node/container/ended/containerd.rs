@@ -12,11 +12,11 @@ use super::super::Runtime;
 use super::super::bolt;
 use super::super::bundle::{Bundle, IdMaps};
 use super::super::containerd::{
-    METADATA, Record, chains_of, container_ids, names, pod, record as metadata_of, root_of,
+    METADATA, Record, TASKS, chains_of, container_ids, names, pod, record as metadata_of, root_of,
     snapshots_of,
 };
 use super::super::error::Error;
-use super::super::roots::{ContainerdRoot, Roots, read_json};
+use super::super::roots::{ContainerdRoot, Roots, pid_file, read_json};
 use super::{End, EndedRecord};
 
 /// Directory with a directory for each container of the CRI plugin.
@@ -78,7 +78,10 @@ pub(super) fn records(roots: &Roots) -> Vec<EndedRecord> {
             let store = snapshots_of(containerd, &record.snapshotter);
             let root = root_of(&store, &record, chain.as_deref());
             let status = status(roots, containerd, &id);
-            records.push(one(namespace, id, &record, root, status.as_ref(), &meta));
+            let bundle = containerd.state.join(TASKS).join(&namespace).join(&id);
+            let pid = pid_file(&roots.path(&bundle.join("init.pid"))).ok();
+            let record = one(namespace, id, &record, root, status.as_ref(), &meta);
+            records.push(EndedRecord { pid, ..record });
         }
     }
     records
@@ -113,6 +116,7 @@ fn one(
             .map_or(0, |cri| cri.config.metadata.attempt),
         sandbox: record.sandbox,
         end: status.map(end).unwrap_or_default(),
+        pid: None,
         removing: status.is_some_and(|status| status.removing),
         state: meta.to_path_buf(),
         image_name: annotation("io.kubernetes.cri.image-name")

@@ -110,6 +110,7 @@ fn record(roots: &Roots, root: &Path, directory: &Path, config: Config2) -> Ende
         attempt: 0,
         sandbox: false,
         end,
+        pid: Some(state.pid).filter(|&pid| pid != 0),
         removing: state.dead || state.removal_in_progress,
         state: directory.join("config.v2.json"),
         root: if config.driver == "overlay2" {

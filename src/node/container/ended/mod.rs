@@ -86,6 +86,8 @@ pub(super) struct EndedRecord {
     /// Whether it is the pause container of a pod.
     pub(super) sandbox: bool,
     pub(super) end: End,
+    /// The number of its first process according to its runtime, which may have ended.
+    pub(super) pid: Option<u32>,
     /// Whether its runtime is removing it.
     pub(super) removing: bool,
     /// The file that describes it.
@@ -116,6 +118,7 @@ impl EndedRecord {
                 unnoticed: Some(draft.pid),
                 ..End::default()
             },
+            pid: Some(draft.pid),
             removing: false,
             state: draft.state.clone(),
             image_name: None,

@@ -13,7 +13,7 @@ use super::super::bolt;
 use super::super::bundle::{Bundle, IdMaps};
 use super::super::error::Error;
 use super::super::recorded::RecordedRoot;
-use super::super::roots::{Roots, StorageRoot, read_file, read_json};
+use super::super::roots::{Roots, StorageRoot, pid_file, read_file, read_json};
 use super::super::storage::{
     ROOT_MODE, StoredContainer, StoredLayer, below, chain, containers, is_id, layers, metadata, pod,
 };
@@ -146,6 +146,7 @@ impl Store<'_> {
             } else {
                 self.podman_end()
             },
+            pid: self.pid(&container.id),
             removing: top.is_some_and(StoredLayer::is_incomplete)
                 || self.podman.is_some_and(|podman| podman.state == REMOVING),
             state: self
@@ -216,6 +217,12 @@ impl Store<'_> {
             }
         }
         Ok(None)
+    }
+
+    fn pid(&self, id: &str) -> Option<u32> {
+        let userdata = Path::new("overlay-containers").join(id).join("userdata");
+        let path = self.storage.runroot.join(userdata).join("pidfile");
+        pid_file(&self.roots.path(&path)).ok()
     }
 
     fn podman_end(&self) -> End {
