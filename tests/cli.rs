@@ -521,6 +521,7 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
     {
         let foreign = [
             "--release",
+            "--audience",
             "--no-default-features",
             "--path",
             "--now",

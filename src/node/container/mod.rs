@@ -37,7 +37,8 @@ pub use discovery::{Attempt, Listing, find, find_any, list, list_ended, of_pod, 
 pub use ended::{End, Ended};
 pub use error::{Error, Problem};
 pub use pattern::{Pattern, PatternError};
-pub use roots::{ContainerdRoot, Roots, StorageRoot, is_initial_user_namespace};
+pub use records::is_initial_user_namespace;
+pub use roots::{ContainerdRoot, Roots, StorageRoot};
 pub use table::{RootMount, TableSource};
 pub(crate) use volume::{Volume, VolumeRules, recheck_volume, volume};
 

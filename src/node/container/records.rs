@@ -15,8 +15,6 @@ use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{Dir, Mode, OFlags};
 
-use super::roots::is_initial_user_namespace;
-
 /// Maximum number of symbolic links on the way to a root, as in the kernel.
 const MAX_LINKS: usize = 40;
 
@@ -246,4 +244,10 @@ fn parts(path: &Path) -> Vec<OsString> {
         .collect();
     parts.reverse();
     parts
+}
+
+/// Returns whether this process is in the node's own user namespace, in which IDs are those of the node.
+pub fn is_initial_user_namespace() -> bool {
+    let identity = |map: &str| map.split_ascii_whitespace().eq(["0", "0", "4294967295"]);
+    std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| identity(&map))
 }

@@ -169,12 +169,6 @@ impl Roots {
     }
 }
 
-/// Returns whether this process is in the node's own user namespace, in which IDs are those of the node.
-pub fn is_initial_user_namespace() -> bool {
-    let identity = |map: &str| map.split_ascii_whitespace().eq(["0", "0", "4294967295"]);
-    fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| identity(&map))
-}
-
 /// Reads a regular file of the records of at most `cap` bytes.
 pub(super) fn read_file(path: &Path, cap: u64) -> Result<Vec<u8>, Error> {
     read(path, records::open_file(path), cap)

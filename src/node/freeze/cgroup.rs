@@ -3,7 +3,6 @@
 //! Sources: kernel `Documentation/admin-guide/cgroup-v1/freezer-subsystem.rst`, `cgroup-v2.rst` (`cgroup.freeze`,
 //! `cgroup.events`); `cgroups(7)` for `/proc/PID/cgroup`; `proc(5)` for `/proc/PID/mountinfo`.
 
-use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -15,7 +14,6 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Error;
-use super::members::members;
 use crate::node::procfs::{Membership, MountInfo, memberships};
 
 /// Timeout for a thaw to be read back. A thaw is immediate except on a heavily loaded machine.
@@ -178,11 +176,6 @@ impl Group {
     /// Returns its path in `/proc/PID/cgroup`.
     pub(super) fn cgroup(&self) -> &Path {
         &self.cgroup
-    }
-
-    /// Returns its processes, as they are numbered in `proc`.
-    pub(super) fn members(&self, proc: &Path) -> Result<HashSet<u32>, Error> {
-        members(proc, self.version, &self.dir, &self.cgroup)
     }
 
     pub(super) fn version(&self) -> Version {

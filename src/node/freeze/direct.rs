@@ -9,7 +9,8 @@ use std::io::{self, Read as _};
 use std::path::Path;
 
 use super::Error;
-use super::mapped::{container_pids, is_gone};
+use super::mapped::container_pids;
+use super::members::is_gone;
 use crate::node::procfs::{Mapping, field, read_maps};
 
 /// Maximum number of descriptors that are examined. Beyond it, every way of writing is assumed.

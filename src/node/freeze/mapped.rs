@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::members::{is_gone, members};
 use super::{Error, Processes, groups};
 use crate::node::procfs::{MAX_MAPS, Mapping, read_maps};
 
@@ -76,14 +77,9 @@ pub(super) fn container_pids(
 ) -> Result<HashSet<u32>, Error> {
     let mut pids: HashSet<u32> = Processes::new(proc, pid)?.in_root()?;
     for group in groups(proc, pid, host_root)? {
-        pids.extend(group.members(proc)?);
+        pids.extend(members(proc, &group)?);
     }
     Ok(pids)
-}
-
-pub(super) fn is_gone(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::NotFound
-        || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
 }
 
 type Found = BTreeMap<(Vec<u8>, bool, (u32, u32)), SharedMapping>;

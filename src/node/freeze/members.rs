@@ -8,8 +8,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use super::Error;
-use super::cgroup::{Version, membership};
-use super::mapped::is_gone;
+use super::cgroup::{Group, Version, membership};
 use crate::node::procfs::Stat;
 
 /// Maximum number of cgroups below one container. A container that may create cgroups must not make this walk endless.
@@ -147,23 +146,23 @@ impl Processes {
     }
 }
 
-/// Returns the processes of a cgroup and of all its descendants, as they are numbered in `proc`. `dir` is its directory,
-/// `cgroup` its path in the files of `proc`.
+/// Returns the processes of a cgroup and of all its descendants, as they are numbered in `proc`.
 ///
 /// The kernel translates the numbers in a cgroup's files to the reader's PID namespace, in which processes of other
 /// namespaces have none. If that is not the namespace of `proc` (a pod without `hostPID` with the node's `/proc`), the
 /// members are those processes of `proc` that name the cgroup.
-pub(super) fn members(
-    proc: &Path,
-    version: Version,
-    dir: &Path,
-    cgroup: &Path,
-) -> Result<HashSet<u32>, Error> {
+pub(super) fn members(proc: &Path, group: &Group) -> Result<HashSet<u32>, Error> {
     if is_own_namespace(proc) {
-        pids_below(dir)
+        pids_below(group.dir())
     } else {
-        pids_naming(proc, version, cgroup)
+        pids_naming(proc, group.version(), group.cgroup())
     }
+}
+
+/// Returns whether a process, or what is asked of it, does not exist any more.
+pub(super) fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound
+        || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
 }
 
 /// Returns whether `proc` shows this program's PID namespace, as it does unless the opposite can be seen.

@@ -36,7 +36,7 @@ pub use direct::{WriteModes, write_modes};
 pub use mapped::{SharedMapping, shared_mappings};
 pub use mark::{ThawOutcome, thaw_leftover};
 pub(crate) use members::ForeignProcess;
-use members::Processes;
+use members::{Processes, members};
 use watchdog::Watchdog;
 pub use watchdog::entry as watchdog_entry;
 pub(crate) use watchdog::start_standby;
@@ -341,7 +341,7 @@ fn groups(proc: &Path, pid: u32, prefer: Option<&Path>) -> Result<Vec<Arc<Group>
         match opened {
             // Two mounts of the same name may show different trees: only the one that lists the process is the right
             // one.
-            Ok(group) if group.members(proc)?.contains(&pid) => {
+            Ok(group) if members(proc, &group)?.contains(&pid) => {
                 groups.push(Arc::new(group));
             }
             Ok(group) => refusals.push(Error::Unsupported {
@@ -433,7 +433,7 @@ fn check(group: &Group, proc: &Path, processes: &mut Processes) -> Result<HashSe
     let ours: Option<u32> = ours.to_str().and_then(|pid| pid.parse().ok());
     let mut looks = 1;
     loop {
-        let pids = group.members(proc)?;
+        let pids = members(proc, &group)?;
         if ours.is_none_or(|pid| pids.contains(&pid)) {
             return Err(Error::WouldFreezeSelf {
                 cgroup: dir.to_owned(),

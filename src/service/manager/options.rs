@@ -10,7 +10,6 @@ use reqwest::Url;
 use super::auth::{Addresses, Groups, Jwt, Kubernetes, Oidc, Proxies, Tokens};
 use super::cors::WebOrigin;
 use super::mail::Mail;
-use super::resources::Resources;
 use super::target::Template;
 use super::webhooks::Webhooks;
 use crate::service::connections::ConnectionLimits;
@@ -78,6 +77,13 @@ pub struct Rate {
     pub per_second: f64,
     /// Maximum burst of requests after a pause.
     pub burst: f64,
+}
+
+/// Settings for `Save` resources.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Resources {
+    /// The kubeconfig; `None`: the service account of the manager's pod.
+    pub kubeconfig: Option<PathBuf>,
 }
 
 /// Configuration of a manager.

@@ -77,12 +77,15 @@ pub(super) async fn announce(
     let site = record.receivers.iter().map(|receiver| (receiver, true));
     let own = save.notify.iter().map(|receiver| (receiver, false));
     let receivers: Vec<_> = site.chain(own).collect();
+    let took = save
+        .finished_ms
+        .map(|end| end.saturating_sub(save.created_ms));
     for event in steps
         .iter()
         .filter_map(|step| SaveEvent::of(step.from, step.to))
     {
         for (receiver, site) in &receivers {
-            if receiver.wants(event, save) {
+            if receiver.wants(event, took) {
                 write(record, work, save, event, receiver, *site).await?;
             }
         }

@@ -3,7 +3,6 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::save::Save;
 use crate::service::job::State;
 
 /// An event of a save that receivers are told about.
@@ -162,11 +161,10 @@ impl Receiver {
         }
     }
 
-    /// Returns whether it is told about `event` of `save`.
-    pub(super) fn wants(&self, event: SaveEvent, save: &Save) -> bool {
-        let took = save
-            .finished_ms
-            .map_or(i64::MAX, |end| end.saturating_sub(save.created_ms));
+    /// Returns whether it is told about `event` of a save that ended `took_ms` milliseconds after it was requested;
+    /// `None` if it has not ended.
+    pub(super) fn wants(&self, event: SaveEvent, took_ms: Option<i64>) -> bool {
+        let took = took_ms.unwrap_or(i64::MAX);
         let brief = SaveEvent::ENDS.contains(&event) && took / 1000 < i64::from(self.over_s);
         self.events.contains(&event) && !brief
     }

@@ -6,7 +6,6 @@
 mod lease;
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use axum::http::{HeaderMap, HeaderValue};
@@ -21,6 +20,7 @@ use super::App;
 use super::access::Reach;
 use super::api::{ImageName, Replace, SaveRequest, Which};
 use super::auth::{Caller, Via};
+use super::options::Resources;
 use super::refusal::Refusal;
 use super::saves;
 use super::time::rfc3339;
@@ -38,13 +38,6 @@ const AGAIN: Duration = Duration::from_secs(10);
 /// Maximum number of resources that are followed at the same time. Of more, the others are listed again when half of them
 /// have gone.
 const MOST: usize = 10_000;
-
-/// Settings for `Save` resources.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Resources {
-    /// The kubeconfig; `None`: the service account of the manager's pod.
-    pub kubeconfig: Option<PathBuf>,
-}
 
 /// The resources that have not ended, or are to be deleted, by UID.
 #[derive(Default)]
