@@ -515,13 +515,13 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
     let up = text(&upperdeck(&["up", "--help"])?.stdout);
     let doctor = text(&upperdeck(&["doctor", "--help"])?.stdout);
     let setup = text(&upperdeck(&["setup", "--help"])?.stdout);
+    let kubectl = text(&upperdeck(&["kubectl", "save", "--help"])?.stdout);
     for flag in documents
         .split(|c: char| !(c.is_ascii_lowercase() || c == '-'))
         .filter(|word| word.starts_with("--") && word.len() > 3)
     {
         let foreign = [
             "--release",
-            "--audience",
             "--no-default-features",
             "--path",
             "--now",
@@ -533,7 +533,7 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
             foreign
                 || [
                     &help, &commit, &layer, &validate, &inspect, &ps, &bench, &list, &remove,
-                    &prune, &submit, &manager, &agent, &up, &doctor, &setup,
+                    &prune, &submit, &manager, &agent, &up, &doctor, &setup, &kubectl,
                 ]
                 .iter()
                 .any(|text| text.contains(flag)),

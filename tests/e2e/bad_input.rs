@@ -292,29 +292,6 @@ fn wrong_usage_is_told_before_anything_is_touched() -> Result<()> {
 }
 
 #[test]
-fn a_container_that_ended_is_no_container() -> Result<()> {
-    let Some(lab) = Lab::new(Base::Small, Format::Oci)? else {
-        return Ok(());
-    };
-    let pod = lab.session()?;
-    nix::sys::signal::kill(
-        nix::unistd::Pid::from_raw(pod.pid),
-        nix::sys::signal::Signal::SIGKILL,
-    )?;
-    crate::host::wait_until("the process is gone", || {
-        !Path::new("/proc").join(pod.pid.to_string()).exists()
-    })?;
-    refuse(
-        &lab.roots,
-        &pod.container,
-        &lab.destination("users/ada"),
-        &[],
-        66,
-    )?;
-    Ok(())
-}
-
-#[test]
 fn a_layer_blob_that_was_swapped_is_not_pushed() -> Result<()> {
     let Some(mut lab) = Lab::new(Base::Small, Format::Oci)? else {
         return Ok(());
