@@ -18,6 +18,10 @@ use rustix::fs::{Dir, Mode, OFlags};
 /// Maximum number of symbolic links on the way to a root, as in the kernel.
 const MAX_LINKS: usize = 40;
 
+/// Directory of a container in containers/storage, which Podman gives to the container's root (`--uidmap`). Whoever has
+/// that ID can exchange files in it, but for none with another content: every file has to belong to a believed user.
+const USERDATA: &str = "userdata";
+
 /// The users whose files are believed: root, and the one of this process.
 #[derive(Clone, Copy)]
 struct Trust {
@@ -49,7 +53,12 @@ impl Trust {
                 meta.uid()
             ));
         }
-        if meta.is_symlink() || sticky && meta.mode() & 0o1000 != 0 {
+        self.writers(meta, sticky)
+    }
+
+    /// Returns why a mode is not believed.
+    fn writers(self, meta: &Metadata, sticky: bool) -> Option<String> {
+        if !self.examined || meta.is_symlink() || sticky && meta.mode() & 0o1000 != 0 {
             return None;
         }
         if meta.mode() & 0o002 != 0 {
@@ -100,7 +109,12 @@ impl Place {
 
     /// Fails with a text about `path` if the directory is not believed.
     fn check(&self, trust: Trust, meta: &Metadata, sticky: bool, path: &Path) -> io::Result<()> {
-        match trust.objection(meta, sticky) {
+        let objection = if path.file_name() == Some(OsStr::new(USERDATA)) {
+            trust.writers(meta, sticky)
+        } else {
+            trust.objection(meta, sticky)
+        };
+        match objection {
             Some(reason) if self.reachable => Err(refused(path, &reason)),
             _ => Ok(()),
         }
