@@ -11,7 +11,7 @@ use reqwest::Url;
 
 /// Only the API and its description, not the page.
 const PATHS: [&str; 3] = ["/api/", "/openapi.json", "/version"];
-const METHODS: &str = "GET, HEAD, POST, PATCH, DELETE";
+const METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE";
 const HEADERS: &str = "authorization, content-type, idempotency-key, if-match, if-none-match, last-event-id, \
     upperdeck-request, upperdeck-user, x-request-id";
 const EXPOSED: &str = "etag, link, location, retry-after, x-request-id";

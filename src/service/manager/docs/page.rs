@@ -9,7 +9,7 @@ use crate::service::record::SaveEvent;
 
 /// Depth to which examples of bodies are made.
 const DEPTH: u32 = 5;
-const METHODS: [&str; 4] = ["get", "post", "patch", "delete"];
+const METHODS: [&str; 5] = ["get", "post", "put", "patch", "delete"];
 
 /// Returns `text` as HTML text or an attribute's value.
 fn escape(text: &str) -> String {
