@@ -130,7 +130,7 @@ impl Place {
             7 => mount_bind_recursive(self.at("")?, self.at("")?)?,
             8 | 9 => {
                 let host = self.at("host")?;
-                if next(seed) % 2 == 0 {
+                if next(seed).is_multiple_of(2) {
                     mount_bind_recursive("/", &host)?;
                 } else {
                     mount_bind("/", &host)?;
@@ -148,7 +148,7 @@ impl Place {
     fn look(&self, number: u32) -> io::Result<bool> {
         let mut seed = u64::from(number) * 7919 + 1;
         let mut flags = UnshareFlags::NEWNS | UnshareFlags::FS;
-        if next(&mut seed) % 2 == 0 {
+        if next(&mut seed).is_multiple_of(2) {
             flags |= UnshareFlags::NEWCGROUP;
         }
         // Safe: no other thread relies on this one's namespaces or directory.
@@ -161,9 +161,8 @@ impl Place {
         let mut roots = Roots::default();
         for _ in 0..=next(&mut seed) % 2 {
             // A mount can have been moved or unmounted before.
-            match self.change(&mut seed) {
-                Ok(Some(host)) => roots.host_root = Some(host),
-                Ok(None) | Err(_) => {}
+            if let Ok(Some(host)) = self.change(&mut seed) {
+                roots.host_root = Some(host);
             }
         }
         let pid = format!("pid:{}", self.process.id());

@@ -433,7 +433,7 @@ fn check(group: &Group, proc: &Path, processes: &mut Processes) -> Result<HashSe
     let ours: Option<u32> = ours.to_str().and_then(|pid| pid.parse().ok());
     let mut looks = 1;
     loop {
-        let pids = members(proc, &group)?;
+        let pids = members(proc, group)?;
         if ours.is_none_or(|pid| pids.contains(&pid)) {
             return Err(Error::WouldFreezeSelf {
                 cgroup: dir.to_owned(),
