@@ -138,6 +138,7 @@ fn views(browser: &Browser, standin: &Standin, each: &mut dyn FnMut(&str) -> Out
     }
     browser.click(".entry > summary")?;
     each("operations-open")?;
+    crate::packages::list_all(&mut standin.world());
     browser.go(&standin.url("images"))?;
     browser.click(".installed > summary")?;
     browser.click(".choice button:nth-child(2)")?;

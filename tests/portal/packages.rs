@@ -97,6 +97,26 @@ pub fn populate(world: &mut World) {
     world.packages.insert(key, since);
 }
 
+/// Gives every save the list of another one, and what came since any other.
+pub fn list_all(world: &mut World) {
+    let lists: Vec<_> = world.packages.clone().into_iter().collect();
+    let of = |since: bool| {
+        let found = lists
+            .iter()
+            .find(|(key, _)| key.contains(" since ") == since);
+        found.map(|(_, list)| list.clone()).unwrap_or_default()
+    };
+    let ids: Vec<_> = world.saves.iter().map(|save| save.id.to_string()).collect();
+    for id in &ids {
+        world.packages.insert(id.clone(), of(false));
+        for other in &ids {
+            world
+                .packages
+                .insert(format!("{id} since {other}"), of(true));
+        }
+    }
+}
+
 fn text(browser: &Browser, selector: &str) -> Result<String, Box<dyn std::error::Error>> {
     let script = "return document.querySelector(arguments[0])?.innerText ?? ''";
     let text = browser.run(script, json!([selector]))?;
