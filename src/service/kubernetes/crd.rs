@@ -44,7 +44,7 @@ pub struct SaveSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63))]
     pub container: Option<String>,
-    /// NAME[:TAG] or :TAG of the image, without registry and project. If absent, both are made from the pod and the time.
+    /// `NAME[:TAG]` or `:TAG` of the image, without registry and project. If absent, both are made from the pod and the time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 257))]
     pub image: Option<String>,
