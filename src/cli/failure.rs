@@ -5,8 +5,10 @@ use std::io;
 use super::exit::{Exit, Usage};
 use crate::bench;
 use crate::common::cancel::Cancelled;
+use crate::common::message;
 use crate::demo;
 use crate::save;
+use crate::save::event::Event;
 use crate::store::images;
 
 /// The machine-readable form of an error.
@@ -36,6 +38,17 @@ impl Failure {
             .chain()
             .find_map(Self::of_cause)
             .unwrap_or(Self::new(Exit::Failed, "failed"))
+    }
+
+    /// Returns the event with which a command that reports events says that it failed.
+    pub(super) fn event(error: &anyhow::Error) -> Event {
+        let failure = Self::of(error);
+        Event::Failed {
+            exit: failure.exit.code(),
+            code: failure.code.to_owned(),
+            message: message::of(error.as_ref()),
+            retryable: failure.retryable,
+        }
     }
 
     /// Maps a cause by its type and kind, never by its text.

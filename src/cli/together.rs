@@ -10,7 +10,7 @@ use super::exit::Usage;
 use super::failure::Failure;
 use super::{args, options, progress, signals, write_stdout};
 use crate::node::container::{self, Roots};
-use crate::save::event::{Event, Observer};
+use crate::save::event::Observer;
 use crate::save::{self, Pause};
 use crate::store::destination::Target;
 
@@ -66,13 +66,7 @@ fn report(
             Err(error) => {
                 let causes = !matches!(error, save::Error::NotTogether { .. });
                 let error = anyhow::Error::from(error);
-                let failure = Failure::of(&error);
-                observer.event(Event::Failed {
-                    exit: failure.exit.code(),
-                    code: failure.code.to_owned(),
-                    message: crate::common::message::of(error.as_ref()),
-                    retryable: failure.retryable,
-                });
+                observer.event(Failure::event(&error));
                 if failed.is_none() || (causes && !is_cause) {
                     failed = Some(error.context(format!("container {name}")));
                     is_cause = causes;

@@ -23,7 +23,7 @@ use crate::layer::{self, Plan};
 use crate::node::container::{self, Roots, VolumeRules};
 use crate::node::overlay::xattr::Namespace;
 use crate::save;
-use crate::save::event::{Event, Observer};
+use crate::save::event::Observer;
 
 pub(super) fn ps(roots: &Roots, args: &args::Ps) -> anyhow::Result<()> {
     let mut listing = container::list(roots);
@@ -163,13 +163,7 @@ pub(super) fn commit(roots: &Roots, args: args::Commit, verbose: bool) -> anyhow
             Ok(())
         }
         Err(error) => {
-            let failure = Failure::of(&error);
-            observer.event(Event::Failed {
-                exit: failure.exit.code(),
-                code: failure.code.to_owned(),
-                message: crate::common::message::of(error.as_ref()),
-                retryable: failure.retryable,
-            });
+            observer.event(Failure::event(&error));
             Err(error)
         }
     }

@@ -22,12 +22,7 @@ use crate::store::destination::{BlobWriter, Destination};
 
 /// Says that the container has ended, and how.
 pub(super) fn announce(context: &Context, end: &End) {
-    let how = end.to_string();
-    let how = if how.is_empty() {
-        how
-    } else {
-        format!(" ({how})")
-    };
+    let how = end.in_brackets();
     context.warn(
         "ended",
         format!("the container has ended{how}: it is saved as its files are on disk"),

@@ -3,10 +3,39 @@
 use axum::Json;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::Registry;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::exposition::classic;
+
+/// Buckets for the duration of a save, in seconds.
+pub(in crate::service) const SAVE_SECONDS: [f64; 8] =
+    [1.0, 5.0, 15.0, 60.0, 180.0, 600.0, 1800.0, 7200.0];
+/// Buckets for the time for which a container is frozen, in seconds.
+pub(in crate::service) const PAUSE_SECONDS: [f64; 9] =
+    [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0];
+
+/// Creates a registry of metrics that says which program it is of: `role` is the label with its `name`.
+pub(in crate::service) fn registry(prefix: &str, role: &'static str, name: &str) -> Registry {
+    let mut registry = Registry::with_prefix(prefix);
+    let build = Info::new([
+        ("version", env!("CARGO_PKG_VERSION").to_owned()),
+        (role, name.to_owned()),
+    ]);
+    registry.register("build", "The program", build);
+    registry
+}
+
+/// Returns the metrics of a registry in OpenMetrics 1.0.
+pub(in crate::service) fn open_metrics(registry: &Registry) -> String {
+    let mut text = String::new();
+    // Writing to a string cannot fail.
+    let _ = encode(&mut text, registry);
+    text
+}
 
 /// `/readyz` and `/healthz`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

@@ -115,18 +115,18 @@ fn sort_key(container: &Container) -> (Option<String>, Option<(String, String)>,
 /// Lists the containers on disk that have no process.
 fn ended_records(roots: &Roots, drafts: &[RecordedContainer]) -> Vec<EndedRecord> {
     let mut records = ended::records(roots);
-    // A container of which only a part can be read, which is reported, is not known to have ended either.
+    // A container whose process cannot be read, or is in another PID namespace, is not known to have ended.
+    let sees_all = process::shows_initial_namespace(roots);
+    // One of which only a part can be read, which is reported, has no draft.
     records.retain(|record| {
         drafts.iter().any(|draft| draft.id == record.id)
             || record
                 .pid
-                .is_none_or(|pid| matches!(process::start_of(roots, pid), Ok(None)))
+                .is_none_or(|pid| sees_all && matches!(process::start_of(roots, pid), Ok(None)))
     });
     for draft in drafts {
         let lives = |draft: &RecordedContainer| {
-            // A container whose process cannot be read, or is in another PID namespace, is not known to have ended.
-            !process::shows_initial_namespace(roots)
-                || !matches!(first_process(roots, draft, process::LIST_LIMITS), Ok(None))
+            !sees_all || !matches!(first_process(roots, draft, process::LIST_LIMITS), Ok(None))
         };
         let of_draft = |record: &EndedRecord| {
             record.id == draft.id
@@ -226,18 +226,24 @@ fn find_within(roots: &Roots, name: &str, reach: Reach) -> Result<Container, Err
         {
             return assemble(roots, &tables, draft, process);
         }
-        let ended = ended.get_or_init(|| ended_records(roots, &drafts));
-        let matching = ended
-            .iter()
-            .filter(|e| !e.sandbox && wanted.matches(&e.id, &e.names, e.pod.as_ref(), rank));
-        let mut others: Vec<&EndedRecord> = matching.collect();
-        if matches!(wanted, Query::Pod { .. }) {
+        let is_pod = matches!(wanted, Query::Pod { .. });
+        // A running container is meant before one that has ended, whose records are not read then. A pod's init
+        // containers have ended, as a rule.
+        let is_running = !running.is_empty() && !previous && (is_pod || rank == BY_NAME);
+        let mut others: Vec<&EndedRecord> = Vec::new();
+        if !is_running {
+            let ended = ended.get_or_init(|| ended_records(roots, &drafts));
+            others.extend(
+                ended.iter().filter(|e| {
+                    !e.sandbox && wanted.matches(&e.id, &e.names, e.pod.as_ref(), rank)
+                }),
+            );
+        }
+        if is_pod {
             others = attempts(&others, &running, previous);
-            if previous {
-                running.clear();
-            }
-        } else if rank == BY_NAME && !running.is_empty() {
-            others.clear();
+        }
+        if previous {
+            running.clear();
         }
         if matches!(
             wanted,
@@ -294,10 +300,6 @@ fn attempts<'r>(
     running: &[(&RecordedContainer, Process)],
     previous: bool,
 ) -> Vec<&'r EndedRecord> {
-    // A pod's init containers have ended, as a rule.
-    if !previous && !running.is_empty() {
-        return Vec::new();
-    }
     let mut newest_first = ended.to_vec();
     newest_first.sort_by_key(|record| std::cmp::Reverse(record.attempt));
     let mut meant: Vec<&EndedRecord> = Vec::new();

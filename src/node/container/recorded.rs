@@ -1,8 +1,10 @@
 //! What a runtime's files say about a container, before it is compared with the kernel's view.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::bundle::Bundle;
+use super::error::Error;
+use super::roots::Roots;
 use super::{Pod, Runtime};
 
 /// The directories that a runtime recorded for a container's root.
@@ -17,6 +19,33 @@ pub(super) struct RecordedRoot {
     /// Whether the runtime mounts the lower directories ID-mapped for this container. It decides only where the names
     /// of the mount options do not.
     pub(super) id_mapped: bool,
+}
+
+impl RecordedRoot {
+    /// Locates a directory of the record of `container`. Symbolic links are not followed, because a runtime creates none
+    /// in its store.
+    ///
+    /// Fails with [`Error::ForeignRoot`] if there is one.
+    pub(super) fn locate(
+        &self,
+        roots: &Roots,
+        container: &str,
+        inside: &Path,
+    ) -> Result<PathBuf, Error> {
+        roots.locate_below(&self.store, inside).map_err(|source| {
+            let path = self.store.join(inside);
+            if source.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) {
+                return Error::ForeignRoot {
+                    container: container.to_owned(),
+                    detail: format!(
+                        "{} leads through a symbolic link, and is not the directory that the runtime made",
+                        path.display()
+                    ),
+                };
+            }
+            Error::io(path, source)
+        })
+    }
 }
 
 /// A container according to a runtime's files. Paths are those of the node, without the host root.

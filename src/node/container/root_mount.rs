@@ -198,22 +198,6 @@ impl RecordCheck<'_> {
         }
     }
 
-    /// Locates a directory of the record. Symbolic links are not followed, because a runtime creates none in its store.
-    fn locate_recorded(&self, record: &RecordedRoot, inside: &Path) -> Result<PathBuf, Error> {
-        let found = self.roots.locate_below(&record.store, inside);
-        found.map_err(|source| {
-            let path = record.store.join(inside);
-            if source.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) {
-                self.foreign(format!(
-                    "{} leads through a symbolic link, and is not the directory that the runtime made",
-                    path.display()
-                ))
-            } else {
-                Error::io(path, source)
-            }
-        })
-    }
-
     fn overlay(&self) -> Result<OverlayMount, Error> {
         let options = options_of(&self.draft.id, self.line)?;
         match &self.draft.record {
@@ -255,7 +239,7 @@ impl RecordCheck<'_> {
         record: &RecordedRoot,
     ) -> Result<OverlayMount, Error> {
         let locate = |path: &Path| self.roots.locate(path);
-        let upper = self.locate_recorded(record, &record.upper)?;
+        let upper = record.locate(self.roots, &self.draft.id, &record.upper)?;
         let mounted = options
             .locate_upper(&self.draft.bases, &locate)
             .map_err(|source| self.mount_error(source))?;
@@ -310,7 +294,7 @@ impl RecordCheck<'_> {
         let mut lowers = Vec::with_capacity(recorded.len());
         let mut id_mapped = Vec::new();
         for (named, recorded) in options.lowers.iter().zip(recorded) {
-            let lower = self.locate_recorded(record, recorded)?;
+            let lower = record.locate(self.roots, &self.draft.id, recorded)?;
             // With ID mapping, runtimes mount the lower directories elsewhere with the IDs of the container, and only
             // while the overlay is being mounted. A relative name tells nothing: where it was looked up is not known.
             let is_mapped = match self.look_up(named, &lower)? {

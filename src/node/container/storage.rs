@@ -282,7 +282,7 @@ fn draft(
 }
 
 /// Returns the directory of a container's own files.
-fn userdata_of(root: &Path, id: &str) -> PathBuf {
+pub(super) fn userdata_of(root: &Path, id: &str) -> PathBuf {
     root.join("overlay-containers").join(id).join("userdata")
 }
 

@@ -4,15 +4,14 @@ use std::sync::atomic::{AtomicI64, AtomicU64};
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
-use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 use crate::service::connections::Closed;
+use crate::service::health;
 use crate::service::job::{Code, State};
 use crate::service::queue::Depth;
 use crate::service::record::Save;
@@ -116,12 +115,7 @@ fn seconds(buckets: &[f64]) -> Histogram {
 
 impl Metrics {
     pub(super) fn new(manager: &str) -> Self {
-        let mut registry = Registry::with_prefix("upperdeck");
-        let build = Info::new([
-            ("version", env!("CARGO_PKG_VERSION").to_owned()),
-            ("manager", manager.to_owned()),
-        ]);
-        registry.register("build", "The program", build);
+        let mut registry = health::registry("upperdeck", "manager", manager);
         let requests = Family::default();
         registry.register("http_requests", "Requests answered", requests.clone());
         let took = Family::<PathLabel, Histogram>::new_with_constructor(|| {
@@ -156,13 +150,13 @@ impl Metrics {
             "From acceptance to the last attempt's beginning",
             waited.clone(),
         );
-        let took_seconds = seconds(&[1.0, 5.0, 15.0, 60.0, 180.0, 600.0, 1800.0, 7200.0]);
+        let took_seconds = seconds(&health::SAVE_SECONDS);
         registry.register(
             "save_seconds",
             "From the last attempt's beginning to success",
             took_seconds.clone(),
         );
-        let pause = seconds(&[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0]);
+        let pause = seconds(&health::PAUSE_SECONDS);
         registry.register(
             "save_pause_seconds",
             "How long containers were frozen",
@@ -303,10 +297,7 @@ impl Metrics {
 
     /// Returns the content of `/metrics` in OpenMetrics 1.0.
     pub(super) fn text(&self) -> String {
-        let mut text = String::new();
-        // Writing to a string cannot fail.
-        let _ = encode(&mut text, &self.registry);
-        text
+        health::open_metrics(&self.registry)
     }
 
     /// Counts a request. `method` and `path` come from fixed sets, because values from requests would create an

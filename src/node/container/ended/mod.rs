@@ -41,6 +41,16 @@ pub struct End {
     pub(crate) unnoticed: Option<u32>,
 }
 
+impl End {
+    /// Returns what is known of it in brackets, after a space; empty if nothing is known.
+    pub(crate) fn in_brackets(&self) -> String {
+        match self.to_string() {
+            end if end.is_empty() => end,
+            end => format!(" ({end})"),
+        }
+    }
+}
+
 impl fmt::Display for End {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.never_started {
@@ -143,16 +153,11 @@ impl EndedRecord {
 
     /// Returns the error of a save that needs a running container, or cannot be made for the reason `why`.
     pub(super) fn stopped(&self, why: &str) -> Error {
-        let end = self.end.to_string();
-        let end = if end.is_empty() {
-            end
-        } else {
-            format!(" ({end})")
-        };
         Error::Stopped {
             detail: format!(
-                "{} is stopped{end} according to {}; {why}",
+                "{} is stopped{} according to {}; {why}",
                 self.label(),
+                self.end.in_brackets(),
                 self.state.display()
             ),
         }
@@ -277,28 +282,13 @@ pub(super) fn recheck(
     Ok(())
 }
 
-/// Locates the directories of a record. Symbolic links are not followed, because a runtime creates none in its store.
+/// Locates the directories of a record.
 fn overlay_of(
     roots: &Roots,
     record: &EndedRecord,
     root: &RecordedRoot,
 ) -> Result<OverlayMount, Error> {
-    let locate = |inside: &PathBuf| {
-        let located = roots.locate_below(&root.store, inside);
-        located.map_err(|source| {
-            let path = root.store.join(inside);
-            if source.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) {
-                return Error::ForeignRoot {
-                    container: record.id.clone(),
-                    detail: format!(
-                        "{} leads through a symbolic link, and is not the directory that the runtime made",
-                        path.display()
-                    ),
-                };
-            }
-            Error::io(path, source)
-        })
-    };
+    let locate = |inside: &PathBuf| root.locate(roots, &record.id, inside);
     let all = |paths: &[PathBuf]| paths.iter().map(locate).collect::<Result<Vec<_>, _>>();
     let lowers = root.lowers.as_deref().ok_or_else(|| {
         record.stopped("it cannot be saved: not all layers below it are on record in its store")
@@ -358,7 +348,11 @@ mod tests {
             at,
             ..End::default()
         };
-        assert_eq!(end(None, false, None).to_string(), "");
+        assert_eq!(end(None, false, None).in_brackets(), "");
+        assert_eq!(
+            end(Some(1), false, at).in_brackets(),
+            " (exit code 1, at 2026-11-03T03:05:06Z)"
+        );
         assert_eq!(
             end(Some(137), true, at).to_string(),
             "exit code 137, out of memory, at 2026-11-03T03:05:06Z"

@@ -5,7 +5,6 @@
 //! Observed with Podman 4.3.1.
 
 use std::collections::HashMap;
-use std::path::Path;
 
 use serde::Deserialize;
 
@@ -15,7 +14,8 @@ use super::super::error::Error;
 use super::super::recorded::RecordedRoot;
 use super::super::roots::{Roots, StorageRoot, pid_file, read_file, read_json};
 use super::super::storage::{
-    ROOT_MODE, StoredContainer, StoredLayer, below, chain, containers, is_id, layers, metadata, pod,
+    ROOT_MODE, StoredContainer, StoredLayer, below, chain, containers, is_id, layers, metadata,
+    pod, userdata_of,
 };
 use super::super::{IdMapping, Runtime};
 use super::{End, EndedRecord, go_time};
@@ -206,10 +206,7 @@ impl Store<'_> {
     /// places.
     fn bundle(&self, id: &str) -> Result<Option<Bundle>, String> {
         for root in [&self.storage.root, &self.storage.runroot] {
-            let path = root
-                .join("overlay-containers")
-                .join(id)
-                .join("userdata/config.json");
+            let path = userdata_of(root, id).join("config.json");
             match Bundle::read(&self.roots.path(&path)) {
                 Ok(bundle) => return Ok(Some(bundle)),
                 Err(error) if error.is_not_found() => {}
@@ -220,8 +217,7 @@ impl Store<'_> {
     }
 
     fn pid(&self, id: &str) -> Option<u32> {
-        let userdata = Path::new("overlay-containers").join(id).join("userdata");
-        let path = self.storage.runroot.join(userdata).join("pidfile");
+        let path = userdata_of(&self.storage.runroot, id).join("pidfile");
         pid_file(&self.roots.path(&path)).ok()
     }
 
@@ -247,8 +243,7 @@ impl Store<'_> {
     }
 
     fn crio_end(&self, id: &str) -> End {
-        let userdata = Path::new("overlay-containers").join(id).join("userdata");
-        let path = self.storage.root.join(userdata).join("state.json");
+        let path = userdata_of(&self.storage.root, id).join("state.json");
         let state: CrioState = read_json(&self.roots.path(&path), STATE_CAP).unwrap_or_default();
         let at = go_time(&state.finished);
         End {

@@ -5,15 +5,14 @@ use std::sync::atomic::{AtomicI64, AtomicU64};
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
-use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 use crate::save::state_store;
+use crate::service::health;
 use crate::service::job::{Code, Load, Outcome, Update};
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -90,16 +89,11 @@ pub(in super::super) struct Metrics {
 impl Metrics {
     /// Creates the metrics of the agent of `node`.
     pub(in super::super) fn new(node: &str) -> Self {
-        let mut registry = Registry::with_prefix("upperdeck_agent");
-        let build = Info::new([
-            ("version", env!("CARGO_PKG_VERSION").to_owned()),
-            ("node", node.to_owned()),
-        ]);
-        registry.register("build", "The program", build);
+        let mut registry = health::registry("upperdeck_agent", "node", node);
         let mut metrics = Self {
             ended: Family::default(),
-            seconds: Histogram::new([1.0, 5.0, 15.0, 60.0, 180.0, 600.0, 1800.0, 7200.0]),
-            pause: Histogram::new([0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0]),
+            seconds: Histogram::new(health::SAVE_SECONDS),
+            pause: Histogram::new(health::PAUSE_SECONDS),
             packed: Counter::default(),
             sent: Counter::default(),
             slots: Family::default(),
@@ -262,9 +256,6 @@ impl Metrics {
 
     /// Returns the content of `/metrics` in OpenMetrics 1.0.
     pub(super) fn text(&self) -> String {
-        let mut text = String::new();
-        // Writing to a string cannot fail.
-        let _ = encode(&mut text, &self.registry);
-        text
+        health::open_metrics(&self.registry)
     }
 }

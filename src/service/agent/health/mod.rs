@@ -145,7 +145,9 @@ impl Latest {
 pub(super) fn look(agent: &Agent) {
     let obstacles = doctor::obstacles(&agent.options.roots, saves_live(&agent.options.flags));
     agent.findings.listed(&obstacles);
-    agent.metrics.kept(agent.options.state_dir.as_deref());
+    if agent.options.health.is_some() {
+        agent.metrics.kept(agent.options.state_dir.as_deref());
+    }
 }
 
 /// Returns whether containers are saved while they run on, according to the administrator's flags of `commit`.
