@@ -5,12 +5,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::host::image::{Base, Format, base};
+use crate::host::command;
+use crate::host::image::Format;
 use crate::host::podman::Podman;
-use crate::host::registry::Registry;
-use crate::host::{Scratch, command};
+use crate::lab::engine;
 use crate::save::{LEFT_OUT, TOUCHED_BY_ENGINES, WORK, same_tree, set_attributes, unpack};
-use crate::support::{Need, ignored, note, program};
+use crate::support::{note, program};
 
 /// Copies the program to `/upperdeck` below `root`. A program that is not static gets its loader and libraries, and
 /// nothing else.
@@ -41,28 +41,10 @@ fn place(root: &Path) -> Result<()> {
 
 #[test]
 fn the_program_alone_in_a_container_saves_another() -> Result<()> {
-    let programs = [
-        "podman",
-        "conmon",
-        "runc",
-        "docker-registry",
-        "buildah",
-        "skopeo",
-        "umoci",
-        "busybox",
-        "python3",
-        "setfattr",
-        "setfacl",
-        "ldd",
-    ];
-    let mut needs = programs.map(Need::Program).to_vec();
-    needs.push(Need::Root);
-    if ignored(&needs) {
+    let programs = ["podman", "conmon", "runc", "setfattr", "setfacl", "ldd"];
+    let Some((scratch, registry, image)) = engine(&programs, Format::Oci)? else {
         return Ok(());
-    }
-    let scratch = Scratch::new()?;
-    let registry = Registry::start(&scratch)?;
-    let image = registry.push(&base(Base::Small, Format::Oci)?, "bases/notebook:1")?;
+    };
     let podman = Podman::new(&scratch)?;
     let session = podman.run("session", &image, &[], &[])?;
     podman.shell(&session, WORK)?;

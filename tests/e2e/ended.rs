@@ -10,16 +10,15 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::host::docker::Docker;
-use crate::host::image::{Base, Format, base};
-use crate::host::podman::Podman;
+use crate::host::image::{Base, Format};
+use crate::host::podman::{BACKGROUND, Podman};
 use crate::host::registry::Registry;
 use crate::host::{PATIENCE, Roots, Scratch, command, output, run, unmount_below};
-use crate::lab::Lab;
+use crate::lab::{Lab, engine};
 use crate::save::{
     LEFT_OUT, TOUCHED_BY_RUNTIMES, WORK, layers, manifest, same_tree, save, set_attributes, unpack,
     upperdeck,
 };
-use crate::support::{Need, ignored};
 
 /// What a container has done before it ends.
 const OWN_WORK: &str = "mkdir -p /home/researcher/work; echo last > /home/researcher/work/words; rm /usr/lib/app/dangling; \
@@ -164,25 +163,12 @@ fn restart_machine(scratch: &Scratch, volatile: &[&Path]) -> Result<()> {
     Ok(())
 }
 
-fn engine(programs: &[&str]) -> Result<Option<(Scratch, Registry, String)>> {
-    let mut needs: Vec<Need<'_>> = programs.iter().map(|name| Need::Program(name)).collect();
-    let tools = [
-        "docker-registry",
-        "buildah",
-        "skopeo",
-        "umoci",
-        "busybox",
-        "python3",
-    ];
-    needs.extend(tools.map(Need::Program));
-    needs.push(Need::Root);
-    if ignored(&needs) {
-        return Ok(None);
-    }
-    let scratch = Scratch::new()?;
-    let registry = Registry::start(&scratch)?;
-    let image = registry.push(&base(Base::Small, Format::Docker)?, "bases/notebook:1")?;
-    Ok(Some((scratch, registry, image)))
+/// How an engine shows the end of a container, and how it is listed.
+const END: &str = "{{.State.ExitCode}} {{.State.OOMKilled}}";
+
+fn end_of(listed: &Value) -> String {
+    let ended = &listed["ended"];
+    format!("{} {}", ended["exit_code"], ended["out_of_memory"])
 }
 
 /// Keeps what a container of Podman saw that has ended.
@@ -195,7 +181,8 @@ fn seen_by_podman(podman: &Podman, steps: &Steps<'_>, name: &str) -> Result<Path
 
 #[test]
 fn podmans_containers_are_saved_when_they_have_ended() -> Result<()> {
-    let Some((scratch, registry, image)) = engine(&["podman", "conmon", "runc"])? else {
+    let Some((scratch, registry, image)) = engine(&["podman", "conmon", "runc"], Format::Docker)?
+    else {
         return Ok(());
     };
     let podman = Podman::new(&scratch)?;
@@ -232,37 +219,17 @@ fn podmans_containers_are_saved_when_they_have_ended() -> Result<()> {
         ("itself", OWN_WORK.to_owned(), "1g"),
         ("memory", format!("{OWN_WORK}; {TOO_MUCH}"), "20m"),
     ] {
-        let options = [
-            "-d",
-            "--network",
-            "host",
-            "--pull",
-            "never",
-            "--memory",
-            memory,
+        let own = [
+            "--memory", memory, "--name", name, &image, "sh", "-c", &script,
         ];
-        let arguments = [
-            ["run"].as_slice(),
-            &options,
-            &["--name", name, &image, "sh", "-c", &script],
-        ];
-        podman.podman(arguments.concat())?;
+        podman.podman([&BACKGROUND[..], &own].concat())?;
         podman.podman(["wait", name])?;
         let seen = seen_by_podman(&podman, &steps, name)?;
         steps.check(name, &seen, None)?;
         let listed = steps.listed(name)?;
-        let told = podman.podman([
-            "inspect",
-            "--format",
-            "{{.State.ExitCode}} {{.State.OOMKilled}}",
-            name,
-        ])?;
         assert_eq!(
-            format!(
-                "{} {}",
-                listed["ended"]["exit_code"], listed["ended"]["out_of_memory"]
-            ),
-            told
+            end_of(&listed),
+            podman.podman(["inspect", "--format", END, name])?
         );
     }
 
@@ -278,23 +245,8 @@ fn podmans_containers_are_saved_when_they_have_ended() -> Result<()> {
 
     for (round, wait) in [50, 250].into_iter().enumerate() {
         let name = format!("removed-{round}");
-        let options = [
-            "-d",
-            "--network",
-            "host",
-            "--pull",
-            "never",
-            "--name",
-            &name,
-        ];
-        podman.podman(
-            [
-                ["run"].as_slice(),
-                &options,
-                &[&image, "sh", "-c", OWN_WORK],
-            ]
-            .concat(),
-        )?;
+        let own = ["--name", &name, &image, "sh", "-c", OWN_WORK];
+        podman.podman([&BACKGROUND[..], &own].concat())?;
         podman.podman(["wait", &name])?;
         let seen = seen_by_podman(&podman, &steps, &name)?;
         let remove = || podman.podman(["rm", "-f", &name]).map(drop);
@@ -305,7 +257,8 @@ fn podmans_containers_are_saved_when_they_have_ended() -> Result<()> {
 
 #[test]
 fn dockers_containers_are_saved_when_they_have_ended() -> Result<()> {
-    let Some((scratch, registry, image)) = engine(&["dockerd", "docker", "runc"])? else {
+    let Some((scratch, registry, image)) = engine(&["dockerd", "docker", "runc"], Format::Docker)?
+    else {
         return Ok(());
     };
     let mut docker = Docker::start(&scratch)?;
@@ -349,18 +302,9 @@ fn dockers_containers_are_saved_when_they_have_ended() -> Result<()> {
     docker.docker(arguments.concat())?;
     docker.docker(["wait", "memory"])?;
     let listed = steps.listed("memory")?;
-    let told = docker.docker([
-        "inspect",
-        "--format",
-        "{{.State.ExitCode}} {{.State.OOMKilled}}",
-        "memory",
-    ])?;
     assert_eq!(
-        format!(
-            "{} {}",
-            listed["ended"]["exit_code"], listed["ended"]["out_of_memory"]
-        ),
-        told
+        end_of(&listed),
+        docker.docker(["inspect", "--format", END, "memory"])?
     );
     let directories = "lowerdir={{.GraphDriver.Data.UpperDir}}:{{.GraphDriver.Data.LowerDir}}";
     let directories = docker.docker(["inspect", "--format", directories, "memory"])?;

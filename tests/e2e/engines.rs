@@ -3,15 +3,15 @@
 use anyhow::{Result, ensure};
 
 use crate::host::docker::{Docker, Running};
-use crate::host::image::{Base, Format, base};
+use crate::host::image::Format;
 use crate::host::podman::Podman;
 use crate::host::registry::Registry;
 use crate::host::{Freezer, Roots, Scratch};
+use crate::lab::engine;
 use crate::save::{
     LEFT_OUT, TOUCHED_BY_ENGINES, TOUCHED_BY_RUNTIMES, WORK, WORK_WITHOUT_SRV, config, digests,
     layers, manifest, meaningful, same_tree, save, set_attributes, unpack,
 };
-use crate::support::{Need, ignored};
 
 fn check(
     scratch: &Scratch,
@@ -55,32 +55,10 @@ fn check(
     Ok(destination)
 }
 
-fn lab(programs: &[&str]) -> Result<Option<(Scratch, Registry, String)>> {
-    let mut needs: Vec<Need<'_>> = programs.iter().map(|name| Need::Program(name)).collect();
-    needs.extend(
-        [
-            "docker-registry",
-            "buildah",
-            "skopeo",
-            "umoci",
-            "busybox",
-            "python3",
-        ]
-        .map(Need::Program),
-    );
-    needs.push(Need::Root);
-    if ignored(&needs) {
-        return Ok(None);
-    }
-    let scratch = Scratch::new()?;
-    let registry = Registry::start(&scratch)?;
-    let image = registry.push(&base(Base::Small, Format::Docker)?, "bases/notebook:1")?;
-    Ok(Some((scratch, registry, image)))
-}
-
 #[test]
 fn a_docker_container_is_saved_and_runs_again() -> Result<()> {
-    let Some((scratch, registry, image)) = lab(&["dockerd", "docker", "runc"])? else {
+    let Some((scratch, registry, image)) = engine(&["dockerd", "docker", "runc"], Format::Docker)?
+    else {
         return Ok(());
     };
     let docker = Docker::start(&scratch)?;
@@ -113,7 +91,8 @@ fn a_docker_container_is_saved_and_runs_again() -> Result<()> {
 
 #[test]
 fn a_podman_container_is_saved_and_runs_again() -> Result<()> {
-    let Some((scratch, registry, image)) = lab(&["podman", "conmon", "runc"])? else {
+    let Some((scratch, registry, image)) = engine(&["podman", "conmon", "runc"], Format::Docker)?
+    else {
         return Ok(());
     };
     let podman = Podman::new(&scratch)?;
@@ -149,7 +128,8 @@ fn a_podman_container_is_saved_and_runs_again() -> Result<()> {
 /// changed.
 #[test]
 fn a_docker_container_is_saved_with_its_volumes() -> Result<()> {
-    let Some((scratch, registry, image)) = lab(&["dockerd", "docker", "runc"])? else {
+    let Some((scratch, registry, image)) = engine(&["dockerd", "docker", "runc"], Format::Docker)?
+    else {
         return Ok(());
     };
     let docker = Docker::start(&scratch)?;

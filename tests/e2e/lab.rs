@@ -23,18 +23,7 @@ pub struct Lab {
 impl Lab {
     /// Returns `None` if this machine cannot run it.
     pub fn new(kind: Base, format: Format) -> Result<Option<Self>> {
-        let programs = [
-            "containerd",
-            "runc",
-            "docker-registry",
-            "buildah",
-            "skopeo",
-            "umoci",
-            "busybox",
-            "python3",
-        ];
-        let mut needs: Vec<Need<'_>> = programs.map(Need::Program).into();
-        needs.push(Need::Root);
+        let mut needs = needs(&["containerd", "runc"]);
         if kind == Base::Big {
             needs.push(Need::Program("debootstrap"));
         }
@@ -70,4 +59,32 @@ impl Lab {
     pub fn destination(&self, repository: &str) -> String {
         self.registry.reference(&format!("{repository}:saved"))
     }
+}
+
+/// Programs that make bases, keep them in a registry, and compare what was saved.
+const TOOLS: [&str; 6] = [
+    "docker-registry",
+    "buildah",
+    "skopeo",
+    "umoci",
+    "busybox",
+    "python3",
+];
+
+/// Returns what a scenario needs that saves containers of `programs`.
+pub fn needs<'p>(programs: &[&'p str]) -> Vec<Need<'p>> {
+    let programs = programs.iter().copied().chain(TOOLS);
+    programs.map(Need::Program).chain([Need::Root]).collect()
+}
+
+/// Starts a registry with the small base for an engine that needs `programs`, and returns it with the name of the base.
+/// `None` if something is missing, which is reported.
+pub fn engine(programs: &[&str], format: Format) -> Result<Option<(Scratch, Registry, String)>> {
+    if ignored(&needs(programs)) {
+        return Ok(None);
+    }
+    let scratch = Scratch::new()?;
+    let registry = Registry::start(&scratch)?;
+    let image = registry.push(&base(Base::Small, format)?, "bases/notebook:1")?;
+    Ok(Some((scratch, registry, image)))
 }

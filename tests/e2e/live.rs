@@ -21,6 +21,7 @@ use crate::host::image::{Base, Format, base};
 use crate::host::podman::Podman;
 use crate::host::registry::Registry;
 use crate::host::{Freezer, Roots, Scratch, command, output, run, wait_until};
+use crate::lab::needs;
 use crate::save::{
     self, LEFT_OUT, Saved, TOUCHED_BY_RUNTIMES, same_tree, unpack_layout, upperdeck_itself,
 };
@@ -62,19 +63,7 @@ impl Session {
         mkfs: Option<&'static str>,
         mounts: &dyn Fn(&Scratch) -> Result<Vec<String>>,
     ) -> Result<Option<Self>> {
-        let mut needs: Vec<Need<'_>> = [
-            "podman",
-            "runc",
-            "docker-registry",
-            "buildah",
-            "skopeo",
-            "umoci",
-            "busybox",
-            "python3",
-        ]
-        .map(Need::Program)
-        .into();
-        needs.push(Need::Root);
+        let mut needs = needs(&["podman", "runc"]);
         needs.extend(mkfs.map(Need::Program));
         if kind == Base::Big {
             needs.push(Need::Program("debootstrap"));

@@ -13,7 +13,8 @@ use crate::host::image::{Base, Format, base};
 use crate::host::redis::Redis;
 use crate::host::registry::Registry;
 use crate::host::{Daemon, Roots, Scratch, wait_until};
-use crate::support::{Need, ignore, ignored};
+use crate::lab::needs;
+use crate::support::{ignore, ignored};
 
 const TOKEN: &str = "a-token-for-tests-of-the-portal";
 
@@ -49,20 +50,7 @@ fn upperdeck(verb: &str) -> Command {
 
 impl ServiceLab {
     fn open() -> Outcome<Option<Self>> {
-        let programs = [
-            "containerd",
-            "runc",
-            "docker-registry",
-            "buildah",
-            "skopeo",
-            "umoci",
-            "busybox",
-            "python3",
-            "redis-server",
-        ];
-        let mut needs: Vec<Need<'_>> = programs.map(Need::Program).into();
-        needs.push(Need::Root);
-        if ignored(&needs) {
+        if ignored(&needs(&["containerd", "runc", "redis-server"])) {
             return Ok(None);
         }
         if let Some(reason) = missing() {

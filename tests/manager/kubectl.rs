@@ -1,7 +1,6 @@
 //! `kubectl upperdeck`, started as kubectl starts it, through a stand-in for the API server.
 
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
 
 use serde_json::{Value, json};
 use tokio::process::Command;
@@ -15,7 +14,7 @@ use crate::support;
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
 /// A manager behind an API server, and a kubeconfig of one of its users.
-struct Desk {
+struct Setup {
     site: Site,
     server: ApiServer,
     manager: Manager,
@@ -29,12 +28,11 @@ struct Said {
     err: String,
 }
 
-impl Desk {
+impl Setup {
     async fn new() -> Fallible<Self> {
         let server = ApiServer::start(recorded()?).await?;
         let site = Site::new()?;
-        let kubeconfig = site.dir.path().join("of-the-manager");
-        server.write_kubeconfig(&kubeconfig, "TOKEN-manager")?;
+        let kubeconfig = server.kubeconfig(site.dir.path(), "TOKEN-manager")?;
         let (manager, agent) = at_work(
             &site,
             options(&site, kubeconfig, Permission::Saves)?,
@@ -68,8 +66,7 @@ impl Desk {
     }
 
     async fn start(&self, plugin: &str, token: &str, args: &[&str]) -> Fallible<Said> {
-        let kubeconfig: PathBuf = self.site.dir.path().join(token);
-        self.server.write_kubeconfig(&kubeconfig, token)?;
+        let kubeconfig = self.server.kubeconfig(self.site.dir.path(), token)?;
         let output = Command::new(self.site.dir.path().join(plugin))
             .args(args)
             .env_clear()
@@ -86,75 +83,77 @@ impl Desk {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_is_saved_for_a_service_account() -> Outcomes {
-    let desk = Desk::new().await?;
+    let setup = Setup::new().await?;
     let asked = ["-n", LAB, "save", "pod/nb2", "lab:v1", "--no-wait"];
-    let said = desk.run("TOKEN-alice", &asked).await?;
+    let said = setup.run("TOKEN-alice", &asked).await?;
     assert_eq!(said.exit, Some(0), "{}", said.err);
     let save = said.out.trim();
     // The API server's own credentials do not come to the manager, and the token that does is for it alone.
-    let audiences = desk.server.with(|cluster| cluster.requested.clone());
+    let audiences = setup.server.with(|cluster| cluster.requested.clone());
     assert_eq!(audiences, [["upperdeck"]]);
-    let said = desk
+    let said = setup
         .run("TOKEN-alice", &["-n", LAB, "ls", "-o", "json"])
         .await?;
     let listed: Value = serde_json::from_str(&said.out)?;
     assert_eq!(listed["saves"][0]["id"], json!(save), "{listed}");
-    let said = desk
+    let said = setup
         .run("TOKEN-alice", &["-n", LAB, "cancel", save])
         .await?;
     assert_eq!((said.exit, said.out.as_str()), (Some(0), "cancelled\n"));
-    let said = desk.run("TOKEN-alice", &["-n", LAB, "watch", save]).await?;
+    let said = setup
+        .run("TOKEN-alice", &["-n", LAB, "watch", save])
+        .await?;
     assert_eq!(said.exit, Some(130), "{}", said.err);
     // Whoever asked for it finds it, although the image is its owner's.
     let of_owner = ["-n", LAB, "save", "nb", "--no-wait"];
-    let of_owner = desk.run("TOKEN-alice", &of_owner).await?.out;
-    let said = desk
+    let of_owner = setup.run("TOKEN-alice", &of_owner).await?.out;
+    let said = setup
         .run("TOKEN-alice", &["-n", LAB, "ls", "-o", "json"])
         .await?;
     let listed: Value = serde_json::from_str(&said.out)?;
     assert_eq!(listed["saves"][0]["id"], json!(of_owner.trim()), "{listed}");
-    let said = desk
+    let said = setup
         .run("TOKEN-alice", &["-n", LAB, "sessions", "-o", "json"])
         .await?;
     let listed: Value = serde_json::from_str(&said.out)?;
     assert_eq!(listed.as_array().map(Vec::len), Some(3));
     // Who may not: the answer is that of the manager, and so is the exit code.
-    let said = desk.run("TOKEN-bob", &["-n", LAB, "save", "nb2"]).await?;
+    let said = setup.run("TOKEN-bob", &["-n", LAB, "save", "nb2"]).await?;
     assert_eq!(said.exit, Some(1));
     assert!(said.err.contains("no such running session"), "{}", said.err);
-    desk.manager.stop().await
+    setup.manager.stop().await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_save_is_followed_to_its_end() -> Outcomes {
-    let desk = Desk::new().await?;
+    let setup = Setup::new().await?;
     let asked = ["-n", LAB, "save", "nb", "lab:v2", "--progress", "none"];
     let work = async {
-        let claim = desk.agent.claim().await?;
-        desk.agent.begin(&claim).await?;
-        desk.agent.end(&claim, 2, succeeded()).await?;
+        let claim = setup.agent.claim().await?;
+        setup.agent.begin(&claim).await?;
+        setup.agent.end(&claim, 2, succeeded()).await?;
         Ok::<_, Box<dyn std::error::Error>>(())
     };
-    let (said, worked) = tokio::join!(desk.run("TOKEN-alice", &asked), work);
+    let (said, worked) = tokio::join!(setup.run("TOKEN-alice", &asked), work);
     worked?;
     let said = said?;
     assert_eq!(said.exit, Some(0), "{}", said.err);
     assert!(said.out.contains("@sha256:"), "{}", said.out);
-    desk.manager.stop().await
+    setup.manager.stop().await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn who_asks_is_said_or_asked_for() -> Outcomes {
-    let desk = Desk::new().await?;
+    let setup = Setup::new().await?;
     // A person has no token for the manager alone.
-    let said = desk
+    let said = setup
         .run("TOKEN-of-a-person", &["-n", LAB, "sessions"])
         .await?;
     assert_eq!(said.exit, Some(2));
     for named in ["kubernetes-admin", "--service-account", "--send-token"] {
         assert!(said.err.contains(named), "{}", said.err);
     }
-    assert_eq!(desk.server.with(|cluster| cluster.proxied), 0);
+    assert_eq!(setup.server.with(|cluster| cluster.proxied), 0);
     let as_alice = [
         "-n",
         LAB,
@@ -164,10 +163,10 @@ async fn who_asks_is_said_or_asked_for() -> Outcomes {
         "-o",
         "json",
     ];
-    let said = desk.run("TOKEN-of-a-person", &as_alice).await?;
+    let said = setup.run("TOKEN-of-a-person", &as_alice).await?;
     assert!(said.out.contains(&id(1)), "{} {}", said.out, said.err);
     let as_none = ["-n", LAB, "--service-account", "none", "sessions"];
-    let said = desk.run("TOKEN-of-a-person", &as_none).await?;
+    let said = setup.run("TOKEN-of-a-person", &as_none).await?;
     assert_eq!(said.exit, Some(1));
     assert!(
         said.err
@@ -176,32 +175,32 @@ async fn who_asks_is_said_or_asked_for() -> Outcomes {
         said.err
     );
     // Its own token is sent only if that is asked for; the manager does not know this one.
-    let said = desk
+    let said = setup
         .run(
             "TOKEN-of-a-person",
             &["-n", LAB, "--send-token", "sessions"],
         )
         .await?;
     assert_eq!(said.exit, Some(77), "{}", said.err);
-    let said = desk
+    let said = setup
         .run("TOKEN-alice", &["-n", LAB, "--send-token", "sessions"])
         .await?;
     assert_eq!(said.exit, Some(0), "{}", said.err);
-    desk.server.with(|cluster| cluster.manager = None);
-    let said = desk.run("TOKEN-alice", &["-n", LAB, "sessions"]).await?;
+    setup.server.with(|cluster| cluster.manager = None);
+    let said = setup.run("TOKEN-alice", &["-n", LAB, "sessions"]).await?;
     assert_eq!(said.exit, Some(75));
     assert!(said.err.contains("no endpoints"), "{}", said.err);
-    desk.manager.stop().await
+    setup.manager.stop().await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn kubectl_completes_the_words() -> Outcomes {
-    let desk = Desk::new().await?;
-    let said = desk
+    let setup = Setup::new().await?;
+    let said = setup
         .start("kubectl_complete-upperdeck", "TOKEN-alice", &["s"])
         .await?;
     assert_eq!(said.out, "save\nsessions\nstatus\n:4\n");
-    let said = desk
+    let said = setup
         .start(
             "kubectl_complete-upperdeck",
             "TOKEN-alice",
@@ -210,10 +209,10 @@ async fn kubectl_completes_the_words() -> Outcomes {
         .await?;
     assert_eq!(said.out, "table\njson\n:4\n");
     let asked = ["-n", LAB, "save", "nb2", "--no-wait"];
-    let save = desk.run("TOKEN-alice", &asked).await?.out;
-    let said = desk
+    let save = setup.run("TOKEN-alice", &asked).await?.out;
+    let said = setup
         .start("kubectl_complete-upperdeck", "TOKEN-alice", &["cancel", ""])
         .await?;
     assert_eq!(said.out, format!("{}\n:4\n", save.trim()));
-    desk.manager.stop().await
+    setup.manager.stop().await
 }

@@ -265,8 +265,7 @@ async fn check(at: SocketAddr, tokens: &Tokens, namespace: &str) -> Outcomes {
 async fn permissions_of_the_cluster_decide_what_its_users_save() -> Outcomes {
     let server = ApiServer::start(recorded()?).await?;
     let site = Site::new()?;
-    let kubeconfig = site.dir.path().join("kubeconfig");
-    server.write_kubeconfig(&kubeconfig, "TOKEN-manager")?;
+    let kubeconfig = server.kubeconfig(site.dir.path(), "TOKEN-manager")?;
     let (manager, _agent) = at_work(
         &site,
         options(&site, kubeconfig, Permission::Saves)?,
@@ -283,8 +282,7 @@ async fn the_right_to_exec_can_be_the_right_to_save() -> Outcomes {
     server.with(|cluster| cluster.rules.push(rule("bob", "pods/exec", "other")));
     server.with(|cluster| cluster.rules.push(rule("default", "pods/exec", "*")));
     let site = Site::new()?;
-    let kubeconfig = site.dir.path().join("kubeconfig");
-    server.write_kubeconfig(&kubeconfig, "TOKEN-manager")?;
+    let kubeconfig = server.kubeconfig(site.dir.path(), "TOKEN-manager")?;
     let (manager, _agent) = at_work(
         &site,
         options(&site, kubeconfig, Permission::Exec)?,
@@ -305,8 +303,7 @@ async fn the_right_to_exec_can_be_the_right_to_save() -> Outcomes {
 async fn without_an_answer_nothing_is_allowed() -> Outcomes {
     let server = ApiServer::start(recorded()?).await?;
     let site = Site::new()?;
-    let kubeconfig = site.dir.path().join("kubeconfig");
-    server.write_kubeconfig(&kubeconfig, "TOKEN-manager")?;
+    let kubeconfig = server.kubeconfig(site.dir.path(), "TOKEN-manager")?;
     let (manager, _agent) = at_work(
         &site,
         options(&site, kubeconfig.clone(), Permission::Saves)?,
@@ -376,8 +373,7 @@ async fn a_manager_that_may_not_ask_does_not_start() -> Outcomes {
     })
     .await?;
     let site = Site::new()?;
-    let kubeconfig = site.dir.path().join("kubeconfig");
-    server.write_kubeconfig(&kubeconfig, "TOKEN-manager")?;
+    let kubeconfig = server.kubeconfig(site.dir.path(), "TOKEN-manager")?;
     let refused = site
         .manager_with(options(&site, kubeconfig, Permission::Saves)?)
         .await;
@@ -398,8 +394,7 @@ async fn a_manager_that_may_not_ask_does_not_start() -> Outcomes {
 async fn a_token_of_the_cluster_comes_in_one_header_and_signs_no_browser_in() -> Outcomes {
     let server = ApiServer::start(recorded()?).await?;
     let site = Site::new()?;
-    let kubeconfig = site.dir.path().join("kubeconfig");
-    server.write_kubeconfig(&kubeconfig, "TOKEN-manager")?;
+    let kubeconfig = server.kubeconfig(site.dir.path(), "TOKEN-manager")?;
     let (manager, _agent) =
         at_work(&site, options(&site, kubeconfig, Permission::Saves)?, &[]).await?;
     let url = |path: &str| format!("http://{}/api/v1/{path}", manager.address);

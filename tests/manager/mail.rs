@@ -15,7 +15,9 @@ use crate::site::{Agent, Outcomes, Site, Who, ask, get, id, request, session, su
 use crate::smtp::Smtp;
 use crate::support;
 
-fn mail(options: &mut Options, at: SocketAddr) -> Outcomes {
+/// Returns the settings of a manager that sends e-mails through the server at `at`.
+fn options(site: &Site, at: SocketAddr) -> Result<Options, Box<dyn std::error::Error>> {
+    let mut options = site.options()?;
     options.mail = Some(Mail {
         server: format!("smtp://{at}?tls=none").parse()?,
         from: "upperdeck <save@example.org>".parse()?,
@@ -26,7 +28,7 @@ fn mail(options: &mut Options, at: SocketAddr) -> Outcomes {
     options.addresses = Addresses::parse("[addresses]\nalice = 'alice@example.org'\n")?;
     options.webhooks.backoff = Duration::from_millis(20);
     options.webhooks.backoff_most = Duration::from_millis(50);
-    Ok(())
+    Ok(options)
 }
 
 /// Asks for a save of session `n` and ends it.
@@ -57,9 +59,7 @@ fn failed(message: &str) -> Outcome {
 async fn the_end_of_a_save_is_told_by_e_mail_to_the_address_that_is_known() -> Outcomes {
     let smtp = Smtp::start(None)?;
     let site = Site::new()?;
-    let mut options = site.options()?;
-    mail(&mut options, smtp.at)?;
-    let manager = site.manager_with(options).await?;
+    let manager = site.manager_with(options(&site, smtp.at)?).await?;
     let (at, agent) = (manager.address, Agent::new(&site.queue, "a"));
     let mut all: Vec<_> = (1..5).map(|n| session(n, Some("alice"))).collect();
     all[1].pod = Some("pod\r\nBcc: x@evil.example".to_owned());
@@ -157,9 +157,7 @@ async fn the_end_of_a_save_is_told_by_e_mail_to_the_address_that_is_known() -> O
 async fn which_saves_are_told_about_is_set_once_for_all() -> Outcomes {
     let smtp = Smtp::start(None)?;
     let site = Site::new()?;
-    let mut options = site.options()?;
-    mail(&mut options, smtp.at)?;
-    let manager = site.manager_with(options).await?;
+    let manager = site.manager_with(options(&site, smtp.at)?).await?;
     let (at, agent) = (manager.address, Agent::new(&site.queue, "a"));
     let all: Vec<_> = (1..6).map(|n| session(n, Some("alice"))).collect();
     agent.heartbeat(&all).await?;
@@ -226,8 +224,7 @@ async fn which_saves_are_told_about_is_set_once_for_all() -> Outcomes {
 async fn addresses_come_from_the_proxy_and_from_no_other_header() -> Outcomes {
     let smtp = Smtp::start(None)?;
     let site = Site::new()?;
-    let mut options = site.options()?;
-    mail(&mut options, smtp.at)?;
+    let mut options = options(&site, smtp.at)?;
     let proxies = Proxies::new("X-User", &["127.0.0.1".to_owned()], vec![])?;
     options.proxies = Some(proxies.with_email("X-Email")?);
     let manager = site.manager_with(options).await?;
@@ -296,8 +293,7 @@ async fn nothing_is_sent_without_tls_and_the_password_only_to_the_certificates_o
     let site = Site::new()?;
     let (ca, config) = certificate(site.dir.path())?;
     let smtp = Smtp::start(Some(config))?;
-    let mut options = site.options()?;
-    mail(&mut options, smtp.at)?;
+    let mut options = options(&site, smtp.at)?;
     let server: SmtpServer = format!("smtp://save%40x@localhost:{}", smtp.at.port()).parse()?;
     let settings = |ca| Mail {
         server: server.clone(),

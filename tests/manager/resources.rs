@@ -13,7 +13,7 @@ const EXCHANGES: &str = include_str!("../../fixtures/kubernetes/saves.jsonl");
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
-struct Desk {
+struct Setup {
     site: Site,
     server: ApiServer,
     manager: Manager,
@@ -21,8 +21,7 @@ struct Desk {
 }
 
 fn options(site: &Site, server: &ApiServer) -> Fallible<Options> {
-    let kubeconfig = site.dir.path().join("kubeconfig");
-    server.write_kubeconfig(&kubeconfig, "TOKEN-manager")?;
+    let kubeconfig = server.kubeconfig(site.dir.path(), "TOKEN-manager")?;
     let mut options = site.options()?;
     options.resources = Some(Resources {
         kubeconfig: Some(kubeconfig),
@@ -30,7 +29,7 @@ fn options(site: &Site, server: &ApiServer) -> Fallible<Options> {
     Ok(options)
 }
 
-impl Desk {
+impl Setup {
     async fn new() -> Fallible<Self> {
         let server = ApiServer::start(recorded()?).await?;
         let site = Site::new()?;
@@ -152,31 +151,31 @@ async fn the_stand_in_tells_of_a_resource_as_a_real_api_server_did() -> Outcomes
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_pod_of_a_resource_is_saved() -> Outcomes {
-    let desk = Desk::new().await?;
+    let setup = Setup::new().await?;
     let spec =
         json!({"pod": "nb", "image": "lab:monday", "message": "m", "ttlSecondsAfterFinished": 0});
-    desk.create("monday", &spec);
+    setup.create("monday", &spec);
     // The first is deleted at once after its end, so the end is looked at in another one.
-    desk.create("tuesday", &json!({"pod": "nb3", "image": "lab:tuesday"}));
+    setup.create("tuesday", &json!({"pod": "nb3", "image": "lab:tuesday"}));
     let requested = |status: &Value| status["save"].is_string();
-    let pending = desk.until("monday", requested).await?;
-    desk.until("tuesday", requested).await?;
+    let pending = setup.until("monday", requested).await?;
+    setup.until("tuesday", requested).await?;
     let path = format!(
         "/api/v1/saves/{}",
         pending["save"].as_str().ok_or("no save")?
     );
-    let at = desk.manager.address;
+    let at = setup.manager.address;
     let (_, save) = ask(at, Who::Alice, reqwest::Method::GET, &path, None).await?;
     assert_eq!(
         [&save["name"], &save["tag"], &save["message"]],
         [&json!("lab"), &json!("monday"), &json!("m")]
     );
     for _ in 0..2 {
-        let claim = desk.agent.claim().await?;
-        desk.agent.begin(&claim).await?;
-        desk.agent.end(&claim, 2, succeeded()).await?;
+        let claim = setup.agent.claim().await?;
+        setup.agent.begin(&claim).await?;
+        setup.agent.end(&claim, 2, succeeded()).await?;
     }
-    let ended = desk
+    let ended = setup
         .until("tuesday", |status| status["phase"] == "Succeeded")
         .await?;
     assert_eq!(
@@ -193,32 +192,34 @@ async fn the_pod_of_a_resource_is_saved() -> Outcomes {
         ["Complete", "True", "Saved"]
     );
     let gone = || {
-        desk.server
+        setup
+            .server
             .with(|cluster| !cluster.saves.has(LAB, "monday"))
     };
-    desk.until("monday", |_| gone()).await?;
+    setup.until("monday", |_| gone()).await?;
     assert!(
-        desk.server
+        setup
+            .server
             .with(|cluster| cluster.saves.has(LAB, "tuesday"))
     );
-    desk.manager.stop().await?;
+    setup.manager.stop().await?;
     // The lease is given up at the end.
-    assert_eq!(desk.server.with(|cluster| cluster.saves.holder()), None);
-    drop(desk.site);
+    assert_eq!(setup.server.with(|cluster| cluster.saves.holder()), None);
+    drop(setup.site);
     Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_saved_fails_and_names_the_reason() -> Outcomes {
-    let desk = Desk::new().await?;
-    desk.create("none", &json!({"pod": "none"}));
-    desk.create("unowned", &json!({"pod": "nb2"}));
-    desk.create("reserved", &json!({"pod": "nb", "image": "x:latest"}));
+    let setup = Setup::new().await?;
+    setup.create("none", &json!({"pod": "none"}));
+    setup.create("unowned", &json!({"pod": "nb2"}));
+    setup.create("reserved", &json!({"pod": "nb", "image": "x:latest"}));
     // The pod of this name in another namespace is not meant, nor is the save of another.
     let other =
         json!({"session": {"namespace": LAB, "pod": "nb3"}, "image": {"name": "n", "tag": "t"}});
     let (status, other) = ask(
-        desk.manager.address,
+        setup.manager.address,
         Who::Administrator,
         reqwest::Method::POST,
         "/api/v1/saves",
@@ -227,7 +228,7 @@ async fn what_cannot_be_saved_fails_and_names_the_reason() -> Outcomes {
     .await?;
     assert_eq!(status, 202, "{other}");
     let forged = json!({"phase": "Pending", "percent": 0, "save": other["id"], "conditions": []});
-    desk.server.with(|cluster| {
+    setup.server.with(|cluster| {
         cluster
             .saves
             .create(LAB, "forged", &json!({"pod": "nb3"}), Some(forged));
@@ -238,7 +239,7 @@ async fn what_cannot_be_saved_fails_and_names_the_reason() -> Outcomes {
         ("reserved", "Invalid"),
         ("forged", "Forgotten"),
     ] {
-        let status = desk
+        let status = setup
             .until(name, |status| status["phase"] == "Failed")
             .await?;
         let condition = &status["conditions"][0];
@@ -248,11 +249,12 @@ async fn what_cannot_be_saved_fails_and_names_the_reason() -> Outcomes {
             "{status}"
         );
     }
-    desk.server
+    setup
+        .server
         .with(|cluster| cluster.saves.delete(LAB, "forged"));
     let path = format!("/api/v1/saves/{}", other["id"].as_str().ok_or("no id")?);
     let (_, other) = ask(
-        desk.manager.address,
+        setup.manager.address,
         Who::Administrator,
         reqwest::Method::GET,
         &path,
@@ -260,25 +262,26 @@ async fn what_cannot_be_saved_fails_and_names_the_reason() -> Outcomes {
     )
     .await?;
     assert_ne!(other["state"], "cancelled");
-    desk.manager.stop().await
+    setup.manager.stop().await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_resource_that_is_deleted_cancels_its_save() -> Outcomes {
-    let desk = Desk::new().await?;
-    desk.create("monday", &json!({"pod": "nb"}));
-    let pending = desk
+    let setup = Setup::new().await?;
+    setup.create("monday", &json!({"pod": "nb"}));
+    let pending = setup
         .until("monday", |status| status["save"].is_string())
         .await?;
-    desk.server
+    setup
+        .server
         .with(|cluster| cluster.saves.delete(LAB, "monday"));
     let path = format!(
         "/api/v1/saves/{}",
         pending["save"].as_str().ok_or("no save")?
     );
-    crate::site::until(desk.manager.address, Who::Administrator, &path, |save| {
+    crate::site::until(setup.manager.address, Who::Administrator, &path, |save| {
         save["state"] == "cancelled" || save["cancelling"] == true
     })
     .await?;
-    desk.manager.stop().await
+    setup.manager.stop().await
 }

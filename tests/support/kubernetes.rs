@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Json;
@@ -118,8 +118,8 @@ impl ApiServer {
         look(&mut self.cluster.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Writes a kubeconfig of the user with this token.
-    pub fn write_kubeconfig(&self, file: &Path, token: &str) -> std::io::Result<()> {
+    /// Writes a kubeconfig of the user with this token into a directory, and returns its path.
+    pub fn kubeconfig(&self, dir: &Path, token: &str) -> std::io::Result<PathBuf> {
         let config = json!({
             "apiVersion": "v1",
             "kind": "Config",
@@ -128,7 +128,9 @@ impl ApiServer {
             "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
             "current-context": "x",
         });
-        std::fs::write(file, config.to_string())
+        let file = dir.join(token);
+        std::fs::write(&file, config.to_string())?;
+        Ok(file)
     }
 }
 

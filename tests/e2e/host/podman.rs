@@ -9,6 +9,9 @@ use anyhow::Result;
 use super::docker::Running;
 use super::{Roots, Scratch, command, run};
 
+/// Runs a container in the background on the network of the node, from an image that is there.
+pub const BACKGROUND: [&str; 6] = ["run", "-d", "--network", "host", "--pull", "never"];
+
 /// Podman with its own storage; there is no daemon.
 #[derive(Debug)]
 pub struct Podman {
@@ -65,19 +68,10 @@ impl Podman {
         command: &[&str],
     ) -> Result<Running> {
         self.podman(["pull", "--quiet", "--tls-verify=false", image])?;
-        let fixed = [
-            "run",
-            "-d",
-            "--network",
-            "host",
-            "--pull",
-            "never",
-            "--name",
-            name,
-        ];
         let id = self.podman(
-            fixed
+            BACKGROUND
                 .iter()
+                .chain(&["--name", name])
                 .chain(options)
                 .chain(&[image])
                 .chain(command)
