@@ -316,6 +316,8 @@ async fn proxy(State(cluster): Shared, request: Request) -> Response {
 pub struct Resources {
     objects: BTreeMap<(String, String), Value>,
     version: u64,
+    /// What happened, each with its version: a watch begins where its list was taken.
+    events: Vec<(u64, String)>,
     watchers: Vec<tokio::sync::mpsc::UnboundedSender<String>>,
     lease: Option<Value>,
 }
@@ -325,6 +327,18 @@ impl Resources {
         let line = format!("{}\n", json!({"type": kind, "object": object}));
         self.watchers
             .retain(|watcher| watcher.send(line.clone()).is_ok());
+        self.events.push((self.version, line));
+    }
+
+    /// Sends the events after a version, and all that follow.
+    fn watch(&mut self, since: u64) -> tokio::sync::mpsc::UnboundedReceiver<String> {
+        let (watcher, lines) = tokio::sync::mpsc::unbounded_channel();
+        let missed = self.events.iter().filter(|(version, _)| *version > since);
+        for (_, line) in missed {
+            let _ = watcher.send(line.clone());
+        }
+        self.watchers.push(watcher);
+        lines
     }
 
     fn next_version(&mut self) -> String {
@@ -365,6 +379,7 @@ impl Resources {
             .objects
             .remove(&(namespace.to_owned(), name.to_owned()))
         {
+            self.next_version();
             self.tell("DELETED", &object);
         }
     }
@@ -379,12 +394,14 @@ impl Resources {
 async fn list_saves(State(cluster): Shared, uri: axum::http::Uri) -> Response {
     let mut cluster = cluster.lock().unwrap_or_else(PoisonError::into_inner);
     let saves = &mut cluster.saves;
-    if uri
-        .query()
-        .is_some_and(|query| query.contains("watch=true"))
-    {
-        let (watcher, lines) = tokio::sync::mpsc::unbounded_channel::<String>();
-        saves.watchers.push(watcher);
+    let query = uri.query().unwrap_or_default();
+    let parameter = |name: &str| {
+        let mut pairs = query.split('&').filter_map(|pair| pair.split_once('='));
+        pairs.find(|pair| pair.0 == name).map(|pair| pair.1)
+    };
+    if parameter("watch") == Some("true") {
+        let since = parameter("resourceVersion").and_then(|version| version.parse().ok());
+        let lines = saves.watch(since.unwrap_or(saves.version));
         let lines = futures_util::stream::unfold(lines, |mut lines| async move {
             let line = lines.recv().await?;
             Some((Ok::<_, std::convert::Infallible>(line), lines))

@@ -83,6 +83,9 @@ const FREE_SLOT_POLL: Duration = Duration::from_secs(1);
 /// Time for the first list of the node's containers, after which the agent counts as started in any case.
 const FIRST_LISTING: Duration = Duration::from_secs(30);
 
+/// Time for answers about the agent's health that are in progress when it ends.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
 /// State that the parts of an agent share.
 struct Agent {
     options: Options,
@@ -156,10 +159,11 @@ pub async fn run(options: Options, queue: Queue, cancel: CancellationToken) -> R
     });
     let over = CancellationToken::new();
     // It goes on while running saves are finished.
-    let _over = over.clone().drop_guard();
+    let over_on_return = over.clone().drop_guard();
+    let mut health_task = None;
     if let Some(listener) = agent.options.health.clone() {
         let serving = health::serve(Arc::clone(&agent), &listener, over);
-        tokio::spawn(serving.map_err(Error::Listen)?);
+        health_task = Some(tokio::spawn(serving.map_err(Error::Listen)?));
     }
     // Before the first claim, because a child of a predecessor must not run at the same time as its successor.
     agent.end_leftovers().await;
@@ -177,6 +181,10 @@ pub async fn run(options: Options, queue: Queue, cancel: CancellationToken) -> R
     heartbeat_task.abort();
     // A manager otherwise notices by the silence.
     let _ = agent.send_heartbeat(true, false).await;
+    drop(over_on_return);
+    if let Some(task) = health_task {
+        let _ = tokio::time::timeout(LAST_ANSWERS, task).await;
+    }
     Ok(())
 }
 
