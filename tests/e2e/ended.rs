@@ -13,7 +13,7 @@ use crate::host::docker::Docker;
 use crate::host::image::{Base, Format};
 use crate::host::podman::{BACKGROUND, Podman};
 use crate::host::registry::Registry;
-use crate::host::{PATIENCE, Roots, Scratch, command, output, run, unmount_below};
+use crate::host::{Roots, Scratch, command, output, run, unmount_below, wait_until};
 use crate::lab::{Lab, engine};
 use crate::save::{
     LEFT_OUT, TOUCHED_BY_RUNTIMES, WORK, layers, manifest, same_tree, save, set_attributes, unpack,
@@ -137,19 +137,11 @@ impl Steps<'_> {
 /// Kills the first process of a container and waits for its end.
 fn kill_container(pid: i32) -> Result<()> {
     kill(Pid::from_raw(pid), Signal::SIGKILL)?;
-    wait_until(|| {
+    wait_until("the process has ended", || {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         let state = stat.rsplit(')').next().unwrap_or_default();
-        Ok(state.is_empty() || state.trim_start().starts_with('Z'))
-    })
-}
-
-fn wait_until(ready: impl Fn() -> Result<bool>) -> Result<()> {
-    let end = std::time::Instant::now() + PATIENCE;
-    while !ready()? {
-        ensure!(std::time::Instant::now() < end, "not within {PATIENCE:?}");
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
+        state.is_empty() || state.trim_start().starts_with('Z')
+    })?;
     Ok(())
 }
 
@@ -204,8 +196,9 @@ fn podmans_containers_are_saved_when_they_have_ended() -> Result<()> {
     kill_container(session.pid)?;
     // Before and after Podman has noticed.
     steps.check("session", &seen, Some(&live))?;
-    wait_until(|| {
-        Ok(podman.podman(["inspect", "--format", "{{.State.Status}}", "session"])? == "exited")
+    wait_until("Podman has noticed", || {
+        let state = podman.podman(["inspect", "--format", "{{.State.Status}}", "session"]);
+        state.is_ok_and(|state| state == "exited")
     })?;
     steps.check("session", &seen, Some(&live))?;
     let listed = steps.listed("session")?;
@@ -281,7 +274,9 @@ fn dockers_containers_are_saved_when_they_have_ended() -> Result<()> {
     };
 
     docker.docker(["kill", "session"])?;
-    wait_until(|| Ok(state(&docker, "session")? == "exited"))?;
+    wait_until("Docker has noticed", || {
+        state(&docker, "session").is_ok_and(|state| state == "exited")
+    })?;
     steps.check("session", &seen, Some(&live))?;
 
     let script = format!("{OWN_WORK}; {TOO_MUCH}");
@@ -375,7 +370,9 @@ fn containerds_containers_are_saved_when_they_have_ended() -> Result<()> {
             .listed(&pod.container)
             .map(|listed| listed["ended"]["exit_code"].clone())
     };
-    wait_until(|| Ok(told(&steps).is_ok_and(|code| code == 137)))?;
+    wait_until("the exit code is recorded", || {
+        told(&steps).is_ok_and(|code| code == 137)
+    })?;
     steps.check(&name, &seen, Some(&live))?;
     lab.containerd.next_container(&pod, &lab.image)?;
     let (_, second) = steps.save(&name, &["--full"])?;
