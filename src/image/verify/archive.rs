@@ -217,14 +217,16 @@ impl<R: Read> Archive<R> {
 
     /// Returns the next entry, or `None` after the last. Its content can then be read with [`Archive::read_content`].
     ///
-    /// A tar without the two zero blocks is accepted if it ends between entries, as in all unpackers.
+    /// A tar without the two zero blocks is accepted if it ends between entries, or in the padding of the last one, as in
+    /// the unpackers of container engines.
     pub fn next_entry(&mut self) -> Result<Option<Entry>, ArchiveError> {
         let mut extension = PaxHeader::default();
         loop {
-            self.skip(self.content + self.padding)?;
-            (self.content, self.padding) = (0, 0);
+            self.skip(self.content)?;
+            self.content = 0;
+            self.skip_padding()?;
             if self.ended {
-                return Ok(None);
+                return self.end(&extension);
             }
             let start = self.offset;
             let Some(block) = self.block()? else {
@@ -501,6 +503,19 @@ impl<R: Read> Archive<R> {
         Ok(Some(block))
     }
 
+    /// Skips the padding of the last content. An archive that ends within it (`umoci insert` writes such ones) has no
+    /// further entry, as for the unpackers of container engines, which are written in Go.
+    fn skip_padding(&mut self) -> Result<(), ArchiveError> {
+        let mut padding = [0; 512];
+        while self.padding > 0 {
+            match self.read(&mut padding[..self.padding as usize])? {
+                0 => (self.padding, self.ended) = (0, true),
+                n => self.padding -= n as u64,
+            }
+        }
+        Ok(())
+    }
+
     fn skip(&mut self, mut left: u64) -> Result<(), ArchiveError> {
         let mut buffer = [0; 16 * 1024];
         while left > 0 {
@@ -598,6 +613,34 @@ mod tests {
         ] {
             assert_eq!(number(field), value, "{field:?}");
         }
+    }
+
+    #[test]
+    fn an_archive_may_end_where_the_content_of_its_last_entry_ends() -> Result<(), ArchiveError> {
+        let mut header = tar::Header::new_ustar();
+        header.as_old_mut().name[0] = b'a';
+        header.set_mode(0o644);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_mtime(0);
+        header.set_size(5);
+        header.set_cksum();
+        let whole = [header.as_bytes().as_slice(), b"hello", &[0; 507]].concat();
+        for length in 517..=whole.len() {
+            let mut archive = Archive::new(&whole[..length]);
+            assert!(archive.next_entry()?.is_some());
+            assert!(archive.next_entry()?.is_none());
+            let facts = archive.finish()?;
+            assert_eq!(
+                (facts.tar_size, facts.terminated, facts.trailing),
+                (length as u64, false, 0)
+            );
+        }
+        // An end within the content, or within an extended header, is damage.
+        let mut archive = Archive::new(&whole[..516]);
+        archive.next_entry()?;
+        assert!(archive.next_entry().is_err());
+        Ok(())
     }
 
     #[test]
