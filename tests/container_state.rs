@@ -585,7 +585,7 @@ fn no_part_of_the_records_is_believed_that_another_user_can_write() -> Outcome {
     mode(&store, 0o1777)?;
     refused("sticky", "every user can write to it");
     mode(&store, 0o755)?;
-    // The directories of a container, where nobody else gets to.
+    // The directories of a container, which only root can enter.
     mode(&store.join("containers"), 0o700)?;
     owner(&store.join(&container), 100_000)?;
     assert_eq!(find(&node.roots, "lab")?.id, DOCKER_ID);

@@ -1,5 +1,5 @@
-//! Reports what a save waits for. It is looked at in intervals, so that waits that nobody would notice, of which there may
-//! be thousands, are no events.
+//! Reports what a save waits for. It is looked at in intervals: short waits, of which there may be thousands, are no
+//! events.
 
 use std::sync::Arc;
 use std::time::Duration;

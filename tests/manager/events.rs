@@ -258,7 +258,7 @@ async fn one_stream_tells_a_page_of_all_its_saves_and_of_no_others() -> Outcomes
             break;
         }
     }
-    // An administrator may follow one user or all; nobody else follows others.
+    // An administrator may follow one user or all; other users follow only themselves.
     let others = Events::at(at, Who::Alice, "/api/v1/events?user=bob").await;
     assert!(others.is_err_and(|error| error.to_string().starts_with("403")));
     second.stop().await?;
