@@ -4,12 +4,14 @@ use std::path::PathBuf;
 
 use zeroize::Zeroizing;
 
-use super::verbs::{RECORD, with_password};
+use super::verbs::{self, RECORD, with_password};
 use crate::cli::args::service::Doctor;
 use crate::cli::exit::Usage;
+
 use crate::cli::options;
 use crate::cli::print::print;
 use crate::cli::text::{self, Align};
+use crate::common::message;
 use crate::node::container::Roots;
 use crate::service::doctor::{self, Finding, Purpose, Report, Secret, State};
 use crate::service::manager::target::Template;
@@ -36,6 +38,7 @@ fn doctor_options(roots: Roots, args: &Doctor) -> anyhow::Result<doctor::Options
     let purpose = args.purpose;
     let mut options = doctor::Options {
         purpose,
+        refused: refused(&roots, args),
         roots,
         missing: missing(args),
         directories: directories(args),
@@ -104,6 +107,23 @@ fn missing(args: &Doctor) -> Vec<String> {
     };
     let unset = needed.iter().filter(|(_, set)| !set);
     unset.map(|(name, _)| (*name).to_owned()).collect()
+}
+
+/// Returns why the verb would refuse its settings. What is not set is listed by [`missing`].
+fn refused(roots: &Roots, args: &Doctor) -> Option<String> {
+    if !missing(args).is_empty() {
+        return None;
+    }
+    let settings = match args.purpose {
+        Purpose::Commit => Ok(()),
+        Purpose::Agent => {
+            verbs::agent_settings(roots.clone(), &args.work, &args.push, &args.allow).map(drop)
+        }
+        Purpose::Manager => {
+            verbs::manager_settings(&args.serve, &args.push, args.target.as_deref()).map(drop)
+        }
+    };
+    settings.err().map(|error| message::of(error.as_ref()))
 }
 
 fn directories(args: &Doctor) -> Vec<(&'static str, PathBuf)> {
@@ -276,6 +296,34 @@ mod tests {
         assert_eq!(options.secrets[0].setting, "creds-file");
         assert!(options.redis.is_some());
         assert!(options.record.is_none());
+        Ok(())
+    }
+
+    #[test]
+    fn settings_that_the_verb_would_refuse_are_failures() -> anyhow::Result<()> {
+        let agent = |owner: &str| {
+            parsed(&[
+                "--for=agent",
+                "--allow=harbor.example.org/sessions",
+                "--redis=redis://redis.example.org",
+                "--key-file=/etc/upperdeck/node-key",
+                owner,
+            ])
+        };
+        assert_eq!(agent("--owner=env:JUPYTERHUB_USER")?.refused, None);
+        let refused = agent("--owner=root")?.refused.unwrap_or_default();
+        assert!(refused.starts_with("--owner root: "), "{refused}");
+        let tokens = tempfile::NamedTempFile::new()?;
+        std::fs::write(tokens.path(), "[[tokens]]")?;
+        let refused = parsed(&[
+            "--for=manager",
+            "--target=harbor.example.org/sessions/{user}/{name}:{tag}",
+            "--redis=redis://redis.example.org",
+            "--key-file=/etc/upperdeck/master-key",
+            &format!("--tokens-file={}", tokens.path().display()),
+        ])?;
+        let refused = refused.refused.unwrap_or_default();
+        assert!(refused.contains("unknown field `tokens`"), "{refused}");
         Ok(())
     }
 

@@ -122,10 +122,36 @@ fn serve(work: impl AsyncFnOnce(CancellationToken) -> anyhow::Result<()>) -> any
     runtime.block_on(work(cancel))
 }
 
+/// Returns the settings of an agent, or why it would refuse them.
+pub(super) fn agent_settings(
+    roots: Roots,
+    work: &service::Work,
+    push: &service::Push,
+    allow: &[String],
+) -> anyhow::Result<agent::Options> {
+    let owner = work
+        .owner
+        .as_deref()
+        .ok_or_else(|| missing("owner", "the owner of a session has to be known"))?;
+    if allow.is_empty() {
+        return Err(missing(
+            "allow",
+            "the destinations that images may go to have to be listed",
+        )
+        .into());
+    }
+    let allowed = allow.iter().map(|prefix| {
+        prefix
+            .parse()
+            .map_err(|error| Usage(format!("--allow: {error}")))
+    });
+    agent_options(roots, work, push, owner, allowed.collect::<Result<_, _>>()?)
+}
+
 /// Returns the settings of an agent that may push to `allowed`.
 fn agent_options(
     roots: Roots,
-    work: service::Work,
+    work: &service::Work,
     push: &service::Push,
     owner: &str,
     allowed: Vec<agent::Allowed>,
@@ -133,12 +159,9 @@ fn agent_options(
     let owner = owner
         .parse()
         .map_err(|error| Usage(format!("--owner {owner}: {error}")))?;
-    if let Some(file) = &push.creds_file {
-        secrets::warn_if_shared(file);
-    }
     let mut options = agent::Options::new(owner);
-    if let Some(node) = work.node {
-        options.node = node;
+    if let Some(node) = &work.node {
+        options.node.clone_from(node);
     }
     options.roots = roots;
     options.registry = agent::Registry {
@@ -149,17 +172,18 @@ fn agent_options(
         create_project: work.create_project,
         project_quota: work.project_quota,
         keep_replaced: work.keep_replaced,
-        vendor: work.vendor,
+        vendor: work.vendor.clone(),
     };
     options.allowed = allowed;
-    options.volumes = work.allow_volume;
-    options.state_dir = Some(work.state_dir).filter(|dir| !dir.as_os_str().is_empty());
-    if let Some(dir) = work.spool_dir {
-        options.spool_dir = dir;
+    options.volumes.clone_from(&work.allow_volume);
+    let state_dir = Some(&work.state_dir).filter(|dir| !dir.as_os_str().is_empty());
+    options.state_dir = state_dir.cloned();
+    if let Some(dir) = &work.spool_dir {
+        options.spool_dir.clone_from(dir);
     }
     options.slots = work.slots;
     options.threads = (work.min_threads, work.max_threads);
-    options.compression = work.compression;
+    options.compression.clone_from(&work.compression);
     options.max_pause = work.max_pause;
     options.max_time = work.max_time;
     if let Some(drain) = work.drain {
@@ -168,30 +192,15 @@ fn agent_options(
     options.background = (!work.foreground).then_some(work.background_floor);
     options.allow_hurry = work.allow_hurry;
     options.memory = (work.save_memory > 0).then_some(work.save_memory);
-    options.flags = work.commit_flag;
+    options.flags.clone_from(&work.commit_flag);
     Ok(options)
 }
 
 pub(super) fn agent(roots: Roots, args: service::Agent) -> anyhow::Result<()> {
-    let owner = args
-        .work
-        .owner
-        .clone()
-        .ok_or_else(|| missing("owner", "the owner of a session has to be known"))?;
-    if args.allow.is_empty() {
-        return Err(missing(
-            "allow",
-            "the destinations that images may go to have to be listed",
-        )
-        .into());
+    let mut options = agent_settings(roots, &args.work, &args.push, &args.allow)?;
+    if let Some(file) = &args.push.creds_file {
+        secrets::warn_if_shared(file);
     }
-    let allowed = args.allow.iter().map(|prefix| {
-        prefix
-            .parse()
-            .map_err(|error| Usage(format!("--allow: {error}")))
-    });
-    let allowed = allowed.collect::<Result<_, _>>()?;
-    let mut options = agent_options(roots, args.work, &args.push, &owner, allowed)?;
     options.health = args.health_listen.map(listen).transpose()?;
     serve(async |cancel| {
         let queue = redis(&args.queue, Some(&options.node))
@@ -209,19 +218,7 @@ fn listen(address: SocketAddr) -> anyhow::Result<Arc<TcpListener>> {
 }
 
 pub(super) fn manager(args: &service::Manager) -> anyhow::Result<()> {
-    let target = args
-        .target
-        .as_deref()
-        .ok_or_else(|| missing("target", "the destination of images has to be known"))?;
-    let tokens = tokens(&args.serve)?;
-    let options = manager_options(&args.serve, &args.push, target, tokens)?;
-    if callers::lacks_callers(&options) {
-        return Err(missing(
-            "tokens-file",
-            "no user could sign in (--oidc-issuer, --kubernetes-auth, --jwks and --proxy-header are not given either)",
-        )
-        .into());
-    }
+    let options = manager_settings(&args.serve, &args.push, args.target.as_deref())?;
     let record = match args.serve.record.as_deref() {
         Some(record) => record,
         None => setup::default_record(RECORD).map_err(Usage)?,
@@ -298,6 +295,25 @@ fn connection_limits(serve: &service::Serve) -> Result<manager::ConnectionLimits
         requests_per_user: serve.requests_per_user as usize,
         ..manager::ConnectionLimits::default()
     })
+}
+
+/// Returns the settings of a manager, or why it would refuse them.
+pub(super) fn manager_settings(
+    serve: &service::Serve,
+    push: &service::Push,
+    target: Option<&str>,
+) -> anyhow::Result<manager::Options> {
+    let target =
+        target.ok_or_else(|| missing("target", "the destination of images has to be known"))?;
+    let options = manager_options(serve, push, target, tokens(serve)?)?;
+    if callers::lacks_callers(&options) {
+        return Err(missing(
+            "tokens-file",
+            "no user could sign in (--oidc-issuer, --kubernetes-auth, --jwks and --proxy-header are not given either)",
+        )
+        .into());
+    }
+    Ok(options)
 }
 
 /// Returns the settings of a manager whose images go to `target`.
@@ -436,7 +452,7 @@ pub(super) fn up(roots: Roots, mut args: service::Up) -> anyhow::Result<()> {
         .owner
         .clone()
         .unwrap_or_else(|| format!("fixed:{user}"));
-    let work = agent_options(roots, args.work, &args.push, &owner, vec![allowed])?;
+    let work = agent_options(roots, &args.work, &args.push, &owner, vec![allowed])?;
     serve(async |cancel| {
         let queue = match redis(&args.queue, None).await? {
             Some(queue) => queue,

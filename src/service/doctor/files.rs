@@ -9,6 +9,7 @@ use rustix::process::{Resource, getrlimit};
 
 use super::{Finding, Options};
 use crate::common::escape;
+use crate::service::setup::MANAGER_USER;
 
 /// Open files that one save may need for uploads, connections and clones. The agent and a manager need far fewer.
 const DESCRIPTORS: u64 = 4096;
@@ -56,6 +57,10 @@ fn judge_limit(most: Option<u64>) -> Finding {
 
 pub(super) fn secrets(options: &Options) -> Vec<Finding> {
     let own = rustix::process::geteuid().as_raw();
+    // A group of its own, and that of the managers' user, to which 'setup' gives the files that both services read.
+    let managers = nix::unistd::Group::from_name(MANAGER_USER);
+    let managers = managers.ok().flatten().map(|group| group.gid.as_raw());
+    let own_groups = [Some(rustix::process::getegid().as_raw()), managers];
     let mut found: Vec<Finding> = Vec::new();
     for secret in &options.secrets {
         let name = format!("--{} {}", secret.setting, shown(&secret.path));
@@ -72,7 +77,7 @@ pub(super) fn secrets(options: &Options) -> Vec<Finding> {
             Ok(file) => {
                 let parent = secret.path.parent().and_then(|dir| owned(dir).ok());
                 let readable = fs::File::open(&secret.path).is_ok();
-                judge_secret(&name, file, parent, readable, own)
+                judge_secret(&name, file, parent, readable, (own, own_groups))
             }
         });
     }
@@ -87,7 +92,7 @@ fn judge_secret(
     file: Owned,
     parent: Option<Owned>,
     readable: bool,
-    own: u32,
+    (own, own_groups): (u32, [Option<u32>; 2]),
 ) -> Finding {
     let found = format!("{name}: mode {:04o}, user {}", file.mode, file.uid);
     let private = "chmod 600 it, and give it to the user that this runs as; whoever has read it has the secret: make a \
@@ -120,7 +125,7 @@ fn judge_secret(
             "its owner can read and replace it: give it to root",
         );
     }
-    if file.mode & 0o040 != 0 && file.gid != 0 {
+    if file.mode & 0o040 != 0 && file.gid != 0 && !own_groups.contains(&Some(file.gid)) {
         return Finding::warning(
             "secrets",
             format!("{found}, readable by group {}", file.gid),
@@ -243,8 +248,13 @@ mod tests {
             (0o600, 0, sticky, true, State::Ok),
             (0o600, 0, root, false, State::Failed),
         ] {
-            let judged = judge_secret("key", file(mode, uid), parent, readable, 1000);
+            let own = (1000, [Some(1000), None]);
+            let judged = judge_secret("key", file(mode, uid), parent, readable, own);
             assert_eq!(judged.state, expected, "{mode:o} {uid} {readable}");
+        }
+        for own_groups in [[Some(100), None], [Some(0), Some(100)]] {
+            let judged = judge_secret("key", file(0o640, 0), root, true, (1000, own_groups));
+            assert_eq!(judged.state, State::Ok);
         }
     }
 

@@ -78,7 +78,8 @@ fn judge(facts: &Facts, purpose: Purpose) -> Vec<Finding> {
         Finding::failed(
             "openat2",
             "refused",
-            "a kernel before 5.6, or a seccomp profile that does not know it: nothing can be read safely without it",
+            "a kernel before 5.6, a seccomp profile that does not know it, or RestrictSUIDSGID of a systemd unit: nothing can \
+             be read safely without it",
         )
     });
     let mut types = facts

@@ -130,6 +130,8 @@ pub(crate) struct Options {
     pub(crate) roots: Roots,
     /// Names of settings that the role requires and that are not set.
     pub(crate) missing: Vec<String>,
+    /// Why the role would refuse its settings.
+    pub(crate) refused: Option<String>,
     /// Directories for state, each with the name of its setting. They are created on demand, so a missing one is not a
     /// failure.
     pub(crate) directories: Vec<(&'static str, PathBuf)>,
@@ -193,6 +195,10 @@ fn checks(options: &Options) -> Vec<Check> {
 }
 
 fn settings(options: &Options) -> Vec<Finding> {
+    if let Some(refused) = &options.refused {
+        let advice = "correct it; --print-config shows all settings with their origins";
+        return vec![Finding::failed("settings", refused.clone(), advice)];
+    }
     if options.missing.is_empty() {
         return vec![Finding::ok("settings", "all that is needed is set")];
     }
@@ -280,6 +286,7 @@ pub(crate) mod tests {
             purpose,
             roots: Roots::default(),
             missing: Vec::new(),
+            refused: None,
             directories: Vec::new(),
             secrets: Vec::new(),
             redis: None,

@@ -29,7 +29,7 @@ const NODE_STATE: &str = "/var/lib/upperdeck";
 /// Directory of the manager's user: the record.
 const MANAGER_STATE: &str = "/var/lib/upperdeck-manager";
 /// User that managers run as.
-const MANAGER_USER: &str = "upperdeck";
+pub(crate) const MANAGER_USER: &str = "upperdeck";
 /// Secrets that the administrator provides, with the setting that names each.
 const MANAGER_SECRETS: [(&str, &str); 4] = [
     ("/etc/upperdeck/robot", "creds_file"),

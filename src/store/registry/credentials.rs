@@ -187,6 +187,8 @@ impl AuthFiles {
                 Ok(bytes) => bytes,
                 Err(e) if e.kind() == io::ErrorKind::NotFound && !self.explicit => continue,
                 Err(e) if e.kind() == io::ErrorKind::NotADirectory && !self.explicit => continue,
+                // Root's Podman closes /run/containers: who may not enter a directory has put no file there.
+                Err(e) if is_out_of_reach(path, &e) && !self.explicit => continue,
                 Err(e) => {
                     let denied = e.kind() == io::ErrorKind::PermissionDenied;
                     return Err(Error::File {
@@ -219,6 +221,12 @@ impl AuthFiles {
         }
         Ok(helper.unwrap_or(CredentialLookup::Nothing))
     }
+}
+
+/// Returns whether reading failed because a directory of the path may not be entered, not because of the file's mode.
+fn is_out_of_reach(path: &Path, error: &io::Error) -> bool {
+    let denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+    denied(error) && std::fs::symlink_metadata(path).is_err_and(|error| denied(&error))
 }
 
 fn read_bounded(path: &Path) -> io::Result<Zeroizing<Vec<u8>>> {
@@ -545,6 +553,22 @@ mod tests {
                 .is_err()
         );
         let nowhere = env(&[("XDG_RUNTIME_DIR", "/nonexistent")]);
+        // A directory that may not be entered. The user ID for file systems is one of the thread.
+        let closed = std::thread::spawn(|| {
+            let dir = tempfile::tempdir()?;
+            let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+            std::fs::set_permissions(dir.path(), permissions)?;
+            nix::unistd::setfsuid(65534.into());
+            let found = AuthFiles {
+                files: vec![dir.path().join("containers/auth.json")],
+                explicit: false,
+            };
+            let found = found.search("h", "x");
+            nix::unistd::setfsuid(nix::unistd::geteuid());
+            io::Result::Ok(found)
+        });
+        let closed = closed.join().unwrap().unwrap().unwrap();
+        assert_eq!(closed, CredentialLookup::Nothing);
         assert_eq!(
             AuthFiles::find(None, nowhere, 7).search("h", "x").unwrap(),
             CredentialLookup::Nothing
