@@ -7,7 +7,7 @@ pub const DEFAULT_CONTAINER: &str = "kubectl.kubernetes.io/default-container";
 /// and Linkerd. Runtimes do not record which containers are sidecars (`restartPolicy: Always`).
 const PROXIES: [&str; 2] = ["istio-proxy", "linkerd-proxy"];
 
-/// Returns the index of the container that is meant, among the names of a pod's running containers: the default one;
+/// Returns the index of the container that is meant, among the names of a pod's containers: the default one;
 /// without a default, the only one, or the only one that is not a proxy. Returns `None` if the user has to say.
 pub fn meant(running: &[&str], default: Option<&str>) -> Option<usize> {
     let only = |is: &dyn Fn(&str) -> bool| {

@@ -7,6 +7,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::earlier::Earlier;
 use super::in_flight_writes;
@@ -19,6 +20,10 @@ use crate::layer::scan::{Entry, Scan, tick};
 use crate::node::container::{Container, End};
 use crate::save::event::Phase;
 use crate::store::destination::{BlobWriter, Destination};
+
+/// How often, and in which intervals, the records are read again for what explains a change of the files.
+const EXPLANATIONS: u32 = 10;
+const EXPLAINED_AFTER: Duration = Duration::from_millis(200);
 
 /// Says that the container has ended, and how.
 pub(super) fn announce(context: &Context, end: &End) {
@@ -41,8 +46,14 @@ pub(super) async fn capture(
     if let Err(error @ (Error::Destination(_) | Error::Cancelled)) = read {
         return Err(error);
     }
-    // Before an error of reading, because a removal explains it.
+    // Before an error of reading, because a removal explains it. A start changes files before it is on record.
     trees::recheck(context, container, &[])?;
+    if matches!(read, Err(Error::ChangedWhileRead { .. })) {
+        for _ in 0..EXPLANATIONS {
+            tokio::time::sleep(EXPLAINED_AFTER).await;
+            trees::recheck(context, container, &[])?;
+        }
+    }
     let Read {
         scans,
         on_top,

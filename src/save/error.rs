@@ -81,8 +81,7 @@ pub enum Error {
     },
     /// Files of a container that has ended were modified.
     #[error(
-        "files of container {container}, which has ended, were changed while they were read, e.g. {path}: a program outside \
-         the container writes to them; nothing was saved"
+        "files of container {container}, which has ended, were changed while they were read, e.g. {path}; nothing was saved"
     )]
     ChangedWhileRead {
         /// ID of the container.
@@ -150,6 +149,7 @@ impl Error {
             | Self::BaseNotNamed { .. }
             | Self::BaseUnusable { .. }
             | Self::BaseLayerNotFound { .. } => FailureKind::BaseUnproven,
+            Self::ChangedWhileRead { .. } => FailureKind::Retryable,
             Self::Scan(_)
             | Self::Layer(_)
             | Self::Manifest(_)
@@ -157,7 +157,6 @@ impl Error {
             | Self::PausedTooLong { .. }
             | Self::NotTogether { .. }
             | Self::Unanswered { .. }
-            | Self::ChangedWhileRead { .. }
             | Self::ImageUnreadable { .. }
             | Self::Worker => FailureKind::Final,
         }

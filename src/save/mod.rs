@@ -241,7 +241,12 @@ impl Subject {
             &options.volumes,
             &options.volume_rules,
         )?;
-        let (base, layout) = prove_base(context, &container, options).await?;
+        let proven = prove_base(context, &container, options).await;
+        if proven.is_err() && container.ended().is_some() {
+            // A removal explains it.
+            container::recheck(&context.roots, &container)?;
+        }
+        let (base, layout) = proven?;
         manifest::check_changes(&base.config, &options.changes)?;
         // An unusable destination is detected before the container is frozen for it.
         let files = LocalFiles {

@@ -5,7 +5,7 @@ use std::error::Error as StdError;
 use std::fs;
 
 use upperdeck::common::pod::DEFAULT_CONTAINER;
-use upperdeck::node::container::{Container, Error, bolt, find, list};
+use upperdeck::node::container::{Attempt, Container, Error, bolt, find, find_any, list};
 
 use super::database::Node as Tree;
 use super::{
@@ -96,6 +96,50 @@ fn the_default_container_of_a_pod_of_crio_is_meant() -> Outcome {
     // A service mesh's proxy beside the only other container.
     second_container(&node, "istio-proxy")?;
     assert_eq!(find(&node.roots, pod)?.id, CRIO_ID);
+    Ok(())
+}
+
+/// Of a pod whose program has ended while the proxy of its service mesh runs, the program is meant.
+#[test]
+fn a_container_that_has_ended_is_meant_as_one_that_runs() -> Outcome {
+    let Some(node) = crio_node() else {
+        return Ok(());
+    };
+    let meant = || find_any(&node.roots, "hub/notebook-alice", Attempt::Current);
+    second_container(&node, "istio-proxy")?;
+    let userdata = format!("run/crio-1.36/overlay-containers/{CRIO_ID}/userdata");
+    fs::remove_file(node.path(&format!("{userdata}/pidfile")))?;
+    let state = format!("{CRIO}/overlay-containers/{CRIO_ID}/userdata/state.json");
+    let recorded: serde_json::Value = serde_json::from_slice(&fs::read(node.path(&state))?)?;
+    let end = |at: &str, code: i64| -> Outcome {
+        let mut recorded = recorded.clone();
+        recorded["finished"] = at.into();
+        recorded["exitCode"] = code.into();
+        Ok(node.write(&state, recorded.to_string())?)
+    };
+    let (before, after) = ("2001-01-01T00:00:00Z", "2999-01-01T00:00:00Z");
+    for (at, code) in [(after, 137), (after, 0), (before, 1)] {
+        end(at, code)?;
+        let found = meant()?;
+        assert_eq!(
+            (found.id.as_str(), found.ended().is_some()),
+            (CRIO_ID, true)
+        );
+        assert!(matches!(
+            find(&node.roots, "hub/notebook-alice"),
+            Err(Error::Stopped { .. })
+        ));
+    }
+    // An init container ends well, and before the others start.
+    end(before, 0)?;
+    assert!(meant()?.running().is_some());
+
+    // Which of two programs is meant has to be said.
+    let log = second_container(&node, "log")?;
+    assert_eq!(meant()?.id, log);
+    end(after, 137)?;
+    let error = meant().unwrap_err();
+    assert!(matches!(error, Error::Ambiguous { .. }), "{error}");
     Ok(())
 }
 

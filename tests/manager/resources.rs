@@ -268,20 +268,67 @@ async fn what_cannot_be_saved_fails_and_names_the_reason() -> Outcomes {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_resource_that_is_deleted_cancels_its_save() -> Outcomes {
     let setup = Setup::new().await?;
-    setup.create("monday", &json!({"pod": "nb"}));
-    let pending = setup
-        .until("monday", |status| status["save"].is_string())
+    let saves = |change: &dyn Fn(&mut crate::kubernetes_api::Resources)| {
+        setup.server.with(|cluster| change(&mut cluster.saves));
+    };
+    // Deleted, deleted before its status told of the save, and kept by a finalizer.
+    for name in ["gone", "untold", "kept"] {
+        setup.create(name, &json!({"pod": "nb"}));
+        let pending = setup
+            .until(name, |status| status["save"].is_string())
+            .await?;
+        match name {
+            "gone" => saves(&|saves| saves.delete(LAB, name)),
+            "untold" => saves(&|saves| {
+                saves.change(LAB, name, |object| object["status"] = Value::Null);
+                saves.delete(LAB, name);
+            }),
+            _ => saves(&|saves| saves.change(LAB, name, to_be_deleted)),
+        }
+        let path = format!(
+            "/api/v1/saves/{}",
+            pending["save"].as_str().ok_or("no save")?
+        );
+        crate::site::until(setup.manager.address, Who::Administrator, &path, |save| {
+            save["state"] == "cancelled" || save["cancelling"] == true
+        })
         .await?;
+    }
     setup
-        .server
-        .with(|cluster| cluster.saves.delete(LAB, "monday"));
-    let path = format!(
-        "/api/v1/saves/{}",
-        pending["save"].as_str().ok_or("no save")?
-    );
-    crate::site::until(setup.manager.address, Who::Administrator, &path, |save| {
-        save["state"] == "cancelled" || save["cancelling"] == true
-    })
-    .await?;
+        .until("kept", |status| status["phase"] == "Cancelled")
+        .await?;
+    setup.manager.stop().await
+}
+
+/// What the API server does to an object with finalizers that a user deletes.
+fn to_be_deleted(object: &mut Value) {
+    object["metadata"]["finalizers"] = json!(["example.org/kept"]);
+    object["metadata"]["deletionTimestamp"] = json!("2026-11-30T12:00:00Z");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_to_be_deleted_or_cannot_be_read_is_left_alone() -> Outcomes {
+    let setup = Setup::new().await?;
+    let spec = json!({"pod": "nb"});
+    setup.server.with(|cluster| {
+        let saves = &mut cluster.saves;
+        saves.create(LAB, "newer", &spec, Some(json!({"phase": "Paused"})));
+        saves.create(LAB, "kept", &spec, None);
+        saves.change(LAB, "kept", to_be_deleted);
+        saves.create(LAB, "last", &spec, None);
+    });
+    // A list has them from its beginning, too.
+    setup.manager.stop().await?;
+    let options = options(&setup.site, &setup.server)?;
+    let setup = Setup {
+        manager: setup.site.manager_with(options).await?,
+        ..setup
+    };
+    setup
+        .until("last", |status| status["save"].is_string())
+        .await?;
+    let status = |name| setup.server.with(|cluster| cluster.saves.status(LAB, name));
+    assert_eq!(status("newer"), json!({"phase": "Paused"}));
+    assert_eq!(status("kept"), Value::Null);
     setup.manager.stop().await
 }

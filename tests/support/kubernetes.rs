@@ -363,6 +363,18 @@ impl Resources {
             .insert((namespace.to_owned(), name.to_owned()), object);
     }
 
+    /// Changes a resource.
+    pub fn change(&mut self, namespace: &str, name: &str, change: impl FnOnce(&mut Value)) {
+        let version = self.next_version();
+        let key = (namespace.to_owned(), name.to_owned());
+        if let Some(mut object) = self.objects.remove(&key) {
+            change(&mut object);
+            object["metadata"]["resourceVersion"] = json!(version);
+            self.tell("MODIFIED", &object);
+            self.objects.insert(key, object);
+        }
+    }
+
     pub fn status(&self, namespace: &str, name: &str) -> Value {
         let object = self.objects.get(&(namespace.to_owned(), name.to_owned()));
         object.map_or(Value::Null, |object| object["status"].clone())

@@ -5,11 +5,12 @@
 //! (`mount_tables`, `root_mount`).
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use crate::common::pod;
 
 use super::bundle::{self, Bundle};
-use super::ended::{self, EndedRecord};
+use super::ended::{self, End, EndedRecord};
 use super::error::{Error, Problem};
 use super::mount_tables::Tables;
 use super::process::{self, Process};
@@ -23,6 +24,8 @@ use super::{Container, Life, Pod, Running, Runtime, Spec, containerd, docker, st
 const MIN_PREFIX: usize = 3;
 /// The rank of names among the ways in which a plain text can refer to a container.
 const BY_NAME: u8 = 1;
+/// Time within which the records of a container that is started or stopped agree with its processes.
+const SETTLED_WITHIN: Duration = Duration::from_secs(1);
 
 /// Everything on this node that runs with an overlay as its root.
 #[derive(Clone, Debug, Default)]
@@ -180,8 +183,19 @@ pub fn find(roots: &Roots, name: &str) -> Result<Container, Error> {
 
 /// Like [`find`], among all containers that are on disk. A running container is meant before one of the same name that
 /// has ended.
+///
+/// One that is being started or stopped is looked up again for a second: its records and its process change one after the
+/// other.
 pub fn find_any(roots: &Roots, name: &str, attempt: Attempt) -> Result<Container, Error> {
-    find_within(roots, name, Reach::All(attempt))
+    let end = Instant::now() + SETTLED_WITHIN;
+    loop {
+        match find_within(roots, name, Reach::All(attempt)) {
+            Err(Error::StartedAgain { .. }) if Instant::now() < end => {
+                std::thread::sleep(SETTLED_WITHIN / 10);
+            }
+            found => return found,
+        }
+    }
 }
 
 fn find_within(roots: &Roots, name: &str, reach: Reach) -> Result<Container, Error> {
@@ -227,9 +241,16 @@ fn find_within(roots: &Roots, name: &str, reach: Reach) -> Result<Container, Err
             return assemble(roots, &tables, draft, process);
         }
         let is_pod = matches!(wanted, Query::Pod { .. });
-        // A running container is meant before one that has ended, whose records are not read then. A pod's init
-        // containers have ended, as a rule.
-        let is_running = !running.is_empty() && !previous && (is_pod || rank == BY_NAME);
+        let is_whole_pod = matches!(
+            wanted,
+            Query::Pod {
+                container: None,
+                ..
+            }
+        );
+        // A running container is meant before one of its name that has ended, whose records are not read then.
+        let is_running =
+            !running.is_empty() && !previous && !is_whole_pod && (is_pod || rank == BY_NAME);
         let mut others: Vec<&EndedRecord> = Vec::new();
         if !is_running {
             let ended = ended.get_or_init(|| ended_records(roots, &drafts));
@@ -245,21 +266,20 @@ fn find_within(roots: &Roots, name: &str, reach: Reach) -> Result<Container, Err
         if previous {
             running.clear();
         }
-        if matches!(
-            wanted,
-            Query::Pod {
-                container: None,
-                ..
-            }
-        ) {
-            running = meant(running)?;
-        }
         // An earlier run of a pod's container.
         others.retain(|other| {
             let is_same =
                 |draft: &RecordedContainer| is_same_pod(draft.pod.as_ref(), other.pod.as_ref());
             !running.iter().any(|(draft, _)| is_same(draft))
         });
+        if is_whole_pod {
+            let first_start = running.iter().map(|(_, process)| process.start).min();
+            let since = first_start.and_then(|start| process::started_ms(roots, start));
+            if !running.is_empty() {
+                others.retain(|other| !may_be_init(&other.end, since));
+            }
+            (running, others) = meant(running, others)?;
+        }
         match (running.as_slice(), others.as_slice()) {
             ([], []) => {}
             ([(draft, process)], []) => return assemble(roots, &tables, draft, process),
@@ -283,6 +303,21 @@ fn find_within(roots: &Roots, name: &str, reach: Reach) -> Result<Container, Err
     if let Some(problem) = problems.iter().find(|p| p.permission) {
         return Err(Error::NotPermitted {
             path: problem.path.clone(),
+        });
+    }
+    let is_meant = |record: &EndedRecord| {
+        let is_meant = |rank| {
+            let names = (&record.id, &record.names, record.pod.as_ref());
+            wanted.matches(names.0, names.1, names.2, rank)
+        };
+        !record.sandbox && (0..wanted.ranks()).any(is_meant)
+    };
+    // On record with a process that is there, and not among those that run.
+    let changing = ended::records(roots).into_iter().find(is_meant);
+    if let Some(record) = changing.filter(|_| process::shows_initial_namespace(roots)) {
+        return Err(Error::StartedAgain {
+            container: record.id.clone(),
+            detail: "it is being started or stopped".to_owned(),
         });
     }
     Err(Error::NotFound {
@@ -335,38 +370,49 @@ fn is_same_pod(one: Option<&Pod>, other: Option<&Pod>) -> bool {
 /// A running container and its first process.
 type RunningDraft<'d> = (&'d RecordedContainer, Process);
 
-/// Reduces the running containers of a pod that was named without a container to the one that is meant, if that is
-/// known. Fails with [`Error::Stopped`] if it is known and does not run.
-fn meant(mut running: Vec<RunningDraft<'_>>) -> Result<Vec<RunningDraft<'_>>, Error> {
-    let Some((first, _)) = running.first() else {
-        return Ok(running);
+/// Returns whether a container may have been an init container of a pod, which ends well before the others start.
+/// Runtimes do not record which ones are. `since` is when the first of those that run was started, in milliseconds.
+fn may_be_init(end: &End, since: Option<i64>) -> bool {
+    // Times of processes are counted from the start of the machine, by a clock that is not corrected.
+    const SLACK_MS: i64 = 2000;
+    let ended_before = |since: i64| {
+        end.at
+            .is_some_and(|at| at.as_millisecond() <= since + SLACK_MS)
+    };
+    end.exit_code == Some(0) && since.is_none_or(ended_before)
+}
+
+/// Reduces the containers of a pod that was named without a container, running ones and the last runs of others, to the
+/// one that is meant, if that is known. Fails with [`Error::Stopped`] if it is known and is not there.
+fn meant<'d>(
+    mut running: Vec<RunningDraft<'d>>,
+    mut ended: Vec<&'d EndedRecord>,
+) -> Result<(Vec<RunningDraft<'d>>, Vec<&'d EndedRecord>), Error> {
+    let pods = || {
+        let of_running = running.iter().map(|(draft, _)| draft.pod.as_ref());
+        of_running.chain(ended.iter().map(|record| record.pod.as_ref()))
+    };
+    let Some(first) = pods().flatten().next() else {
+        return Ok((running, ended));
     };
     // A pod that is being replaced by another of the same name.
-    let uid = |draft: &RecordedContainer| draft.pod.as_ref().and_then(|pod| pod.uid.clone());
-    if running.iter().any(|(draft, _)| uid(draft) != uid(first)) {
-        return Ok(running);
+    if pods().any(|pod| pod.is_none_or(|pod| pod.uid != first.uid)) {
+        return Ok((running, ended));
     }
-    let names: Vec<&str> = running
-        .iter()
-        .map(|(draft, _)| container_name(draft))
-        .collect();
-    let default = first
-        .pod
-        .as_ref()
-        .and_then(Pod::default_container)
-        .map(String::as_str);
-    if let Some(at) = pod::meant(&names, default) {
-        return Ok(vec![running.swap_remove(at)]);
-    }
-    match default {
-        Some(default) if !names.contains(&default) => Err(Error::Stopped {
+    let names: Vec<&str> = pods().flatten().map(|pod| pod.container.as_str()).collect();
+    let default = pods().flatten().find_map(Pod::default_container);
+    let default = default.map(String::as_str);
+    match (pod::meant(&names, default), default) {
+        (Some(at), _) if at < running.len() => Ok((vec![running.swap_remove(at)], Vec::new())),
+        (Some(at), _) => Ok((Vec::new(), vec![ended.swap_remove(at - running.len())])),
+        (None, Some(default)) if !names.contains(&default) => Err(Error::Stopped {
             detail: format!(
-                "the default container of this pod, {default:?} ({}), does not run; name another one: {}",
+                "the default container of this pod, {default:?} ({}), is not there; name another one: {}",
                 pod::DEFAULT_CONTAINER,
                 names.join(", ")
             ),
         }),
-        _ => Ok(running),
+        (None, _) => Ok((running, ended)),
     }
 }
 

@@ -279,7 +279,6 @@ fn parse_status(status: &[u8]) -> Option<(Identity, bool)> {
 }
 
 /// Converts a start time to milliseconds since the epoch, with `btime` of `proc_stat(5)`.
-#[cfg(feature = "service")]
 pub(super) fn started_ms(roots: &Roots, start: u64) -> Option<i64> {
     let stat = read_kernel_file(&roots.proc("stat"), 16 << 20).ok()?;
     let booted = boot_time(&stat)?;
@@ -292,7 +291,6 @@ pub(super) fn started_ms(roots: &Roots, start: u64) -> Option<i64> {
 }
 
 /// Parses the line `btime SECONDS`.
-#[cfg(feature = "service")]
 fn boot_time(stat: &[u8]) -> Option<i64> {
     let line = stat
         .split(|&b| b == b'\n')

@@ -57,7 +57,7 @@ pub struct SaveSpec {
     pub replace_own: bool,
     /// Seconds after its end when this resource is deleted; a week if absent. The image stays.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0))]
+    #[schemars(range(min = 0, max = 2_147_483_647))]
     pub ttl_seconds_after_finished: Option<i32>,
 }
 

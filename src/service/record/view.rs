@@ -161,6 +161,38 @@ impl Record {
             .collect()
     }
 
+    /// Returns the open saves of the callers whose names begin with `callers`, each with its idempotency key.
+    pub(crate) async fn open_saves_of_keys(
+        &self,
+        callers: &str,
+    ) -> Result<Vec<(Save, String)>, Error> {
+        let rows = sqlx::query(
+            "SELECT saves.id AS id, body, progress, request_key
+             FROM saves JOIN idempotency ON idempotency.save = saves.id
+             WHERE saves.state IN ('queued', 'assigned', 'running')
+             AND substr(idempotency.caller, 1, length($1)) = $1",
+        )
+        .bind(callers)
+        .fetch_all(&self.pool)
+        .await?;
+        rows.iter()
+            .map(|row| Ok((save_of(row)?, row.try_get("request_key")?)))
+            .collect()
+    }
+
+    /// Returns the save that was accepted for a caller under an idempotency key.
+    pub(crate) async fn save_of_key(&self, caller: &str, key: &str) -> Result<Option<Save>, Error> {
+        let row = sqlx::query(
+            "SELECT saves.id AS id, body, progress FROM saves JOIN idempotency ON idempotency.save = saves.id
+             WHERE idempotency.caller = $1 AND request_key = $2",
+        )
+        .bind(caller)
+        .bind(key)
+        .fetch_optional(&self.pool)
+        .await?;
+        row.as_ref().map(save_of).transpose()
+    }
+
     /// Returns the open save that will set the tag at `destination`.
     pub async fn open_save_to(&self, destination: &str) -> Result<Option<JobId>, Error> {
         let row = sqlx::query(

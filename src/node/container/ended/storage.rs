@@ -203,17 +203,25 @@ impl Store<'_> {
     }
 
     /// Reads the spec, which is written when a container is first started. Podman keeps it with the data, CRI-O in both
-    /// places.
+    /// places. Fails if it is missing of a container that was started.
     fn bundle(&self, id: &str) -> Result<Option<Bundle>, String> {
         for root in [&self.storage.root, &self.storage.runroot] {
             let path = userdata_of(root, id).join("config.json");
             match Bundle::read(&self.roots.path(&path)) {
+                Ok(bundle) if bundle.mount_points().is_empty() => {
+                    return Err(format!("its spec, {}, names no mounts", path.display()));
+                }
                 Ok(bundle) => return Ok(Some(bundle)),
                 Err(error) if error.is_not_found() => {}
                 Err(error) => return Err(format!("its spec cannot be read: {error}")),
             }
         }
-        Ok(None)
+        match self.podman {
+            Some(podman) if !NEVER_STARTED.contains(&podman.state) => {
+                Err("it was started, and its spec (config.json) is missing".to_owned())
+            }
+            _ => Ok(None),
+        }
     }
 
     fn pid(&self, id: &str) -> Option<u32> {

@@ -1,6 +1,7 @@
 //! E-mails about the ends of saves, through the SMTP server that the administrator names. They go to addresses that the
 //! administrator, an identity provider or a proxy states of a user, never to one that a request contains.
 
+mod connection;
 mod server;
 mod text;
 
@@ -8,10 +9,10 @@ use std::time::Duration;
 
 use lettre::message::Mailbox;
 use lettre::message::header::{ContentType, HeaderName, HeaderValue};
+use lettre::transport::smtp::Error as SmtpError;
 use lettre::transport::smtp::authentication::Credentials;
 use lettre::transport::smtp::client::{Certificate, Tls, TlsParameters};
-use lettre::transport::smtp::{AsyncSmtpTransport, Error as SmtpError};
-use lettre::{Address, AsyncTransport as _, Message, Tokio1Executor};
+use lettre::{Address, Message};
 use zeroize::Zeroizing;
 
 pub use self::server::{Encryption, SmtpServer};
@@ -19,7 +20,7 @@ pub use self::server::{Encryption, SmtpServer};
 use super::webhooks::Delivery;
 use crate::service::record::{Notice, Receiver, ReceiverKind};
 
-/// Time limit of one exchange with the server.
+/// Time limit of establishing the connection.
 const STEP: Duration = Duration::from_secs(10);
 /// Time limit of one delivery. Notices are held for longer than that.
 const TIMEOUT: Duration = Duration::from_secs(40);
@@ -50,7 +51,9 @@ pub enum MailError {
 
 /// Sends e-mails.
 pub(super) struct Mailer {
-    transport: AsyncSmtpTransport<Tokio1Executor>,
+    server: SmtpServer,
+    tls: Tls,
+    credentials: Option<Credentials>,
     from: Mailbox,
     /// Address of the page, if it is known.
     page: Option<String>,
@@ -93,16 +96,10 @@ impl Mail {
 impl Mailer {
     /// Prepares the client. `page` is the address of the page for links in the text.
     pub(super) fn new(settings: &Mail, page: Option<&str>) -> Result<Self, MailError> {
-        let server = &settings.server;
-        let mut builder = AsyncSmtpTransport::<Tokio1Executor>::builder_dangerous(&server.host)
-            .port(server.port)
-            .tls(settings.tls()?)
-            .timeout(Some(STEP));
-        if let Some(credentials) = settings.credentials()? {
-            builder = builder.credentials(credentials);
-        }
         Ok(Self {
-            transport: builder.build(),
+            server: settings.server.clone(),
+            tls: settings.tls()?,
+            credentials: settings.credentials()?,
             from: settings.from.clone(),
             page: page.map(|page| page.trim_end_matches('/').to_owned()),
         })
@@ -148,8 +145,16 @@ impl Mailer {
             Ok(message) => message,
             Err(reason) => return Delivery::Refused(reason),
         };
-        match tokio::time::timeout(TIMEOUT, self.transport.send(message)).await {
-            Ok(Ok(_)) => Delivery::Done,
+        let content = message.formatted();
+        let delivery = connection::deliver(
+            (&self.server.host, self.server.port),
+            &self.tls,
+            self.credentials.as_ref(),
+            (message.envelope(), &content),
+            STEP,
+        );
+        match tokio::time::timeout(TIMEOUT, delivery).await {
+            Ok(Ok(())) => Delivery::Done,
             Ok(Err(error)) => judged(&error),
             Err(_) => Delivery::Failed("the server took too long".to_owned(), None),
         }

@@ -5,13 +5,13 @@
 
 mod lease;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use axum::http::{HeaderMap, HeaderValue};
 use futures_util::StreamExt as _;
 use k8s_openapi::jiff::Timestamp;
-use kube::api::{Api, DeleteParams, Patch, PatchParams, Preconditions};
+use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, Preconditions};
 use kube::runtime::WatchStreamExt as _;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Client, ResourceExt as _};
@@ -33,8 +33,17 @@ use crate::service::record;
 const EVERY: Duration = Duration::from_secs(2);
 /// How long a pod that no agent has told of is waited for, in milliseconds: agents tell of new ones every few seconds.
 const APPEARS_MS: i64 = 60_000;
-/// Time between two requests for a save that was refused for a reason that may pass.
+/// Time until a save that was refused for a reason that may pass is requested again; twice as long after each further
+/// refusal, up to [`AGAIN_MOST`].
 const AGAIN: Duration = Duration::from_secs(10);
+const AGAIN_MOST: Duration = Duration::from_secs(320);
+/// Time after which no further resource is begun with in a round, so that the Lease is renewed in time.
+const ROUND: Duration = Duration::from_secs(3);
+/// Maximum number of resources that are acted for at the same time.
+const AT_ONCE: usize = 8;
+/// Age from which on an open save is cancelled if its resource does not exist, in milliseconds. A resource that has just
+/// been created may not have been told of yet.
+const ORPHAN_MS: i64 = 60_000;
 /// Maximum number of resources that are followed at the same time. Of more, the others are listed again when half of them
 /// have gone.
 const MOST: usize = 10_000;
@@ -43,12 +52,30 @@ const MOST: usize = 10_000;
 #[derive(Default)]
 struct Followed {
     saves: HashMap<String, Save>,
-    /// When the save of a resource was requested last.
-    requested: HashMap<String, Instant>,
+    /// What was done for them last.
+    turns: HashMap<String, Turn>,
     /// Whether there are more than [`MOST`].
     more: bool,
     /// Those of a list that is still being read.
     listed: Vec<String>,
+    /// Whether a list was read to its end since open saves were last compared with it.
+    complete: bool,
+}
+
+/// The last time that something was done for a resource.
+#[derive(Clone, Copy, Debug)]
+struct Turn {
+    at: Instant,
+    /// How often its save was requested and refused.
+    refused: u32,
+}
+
+impl Turn {
+    /// Returns whether a refused save may be requested again.
+    fn is_over(&self) -> bool {
+        let pause = AGAIN * 2_u32.saturating_pow(self.refused.saturating_sub(1));
+        self.at.elapsed() >= pause.min(AGAIN_MOST)
+    }
 }
 
 /// A client of the cluster.
@@ -72,12 +99,15 @@ impl Controller {
         let leases = Api::namespaced(self.client.clone(), &self.namespace);
         let mut leader = lease::Leader::new(leases, &app.name);
         let watch = || {
-            let all: Api<Save> = Api::all(self.client.clone());
+            // Not as `Save`: one that this version cannot read would end the list of all.
+            let kind = ApiResource::erase::<Save>(&());
+            let all: Api<DynamicObject> = Api::all_with(self.client.clone(), &kind);
             let events = watcher(all, watcher::Config::default());
             events.default_backoff().boxed()
         };
         let mut events = watch();
         let mut followed = Followed::default();
+        let mut led = false;
         let mut leases = tokio::time::interval(lease::EVERY);
         let mut states = tokio::time::interval(EVERY);
         for interval in [&mut leases, &mut states] {
@@ -107,26 +137,49 @@ impl Controller {
                         followed.more = false;
                         events = watch();
                     }
-                    let due = if leader.leads() { followed.due() } else { Vec::new() };
-                    for (uid, save) in due {
-                        if !leader.leads() || app.cancel.is_cancelled() {
-                            break;
-                        }
-                        match self.act(app, &save).await {
-                            Ok(Some(changed)) => {
-                                followed.saves.insert(uid, changed);
-                            }
-                            Ok(None) => {}
-                            Err(error) => tracing::warn!(
-                                save = save.name_any(), namespace = save.namespace(),
-                                kubernetes.error = crate::common::message::of(&error), "a Save resource is tried again"
-                            ),
-                        }
+                    if !leader.leads() {
+                        led = false;
+                        continue;
                     }
+                    // Deletions between two lists, or two leaders, were told to none.
+                    if std::mem::take(&mut followed.complete) || !std::mem::replace(&mut led, true) {
+                        cancel_orphans(app, &followed).await;
+                    }
+                    self.round(app, &leader, &mut followed).await;
                 }
             }
         }
         leader.release().await;
+    }
+
+    /// Does what is due, for as long as a round may last.
+    async fn round(&self, app: &App, leader: &lease::Leader, followed: &mut Followed) {
+        let mut acted = futures_util::stream::iter(followed.due())
+            .take_until(tokio::time::sleep(ROUND))
+            .take_while(|_| std::future::ready(leader.leads() && !app.cancel.is_cancelled()))
+            .map(async |(uid, save)| {
+                let done = self.act(app, &save).await;
+                (uid, save, done)
+            })
+            .buffer_unordered(AT_ONCE)
+            .boxed();
+        while let Some((uid, save, done)) = acted.next().await {
+            let mut now = &save;
+            match &done {
+                Ok(Some(changed)) => now = changed,
+                Ok(None) => {}
+                Err(error) => tracing::warn!(
+                    save = save.name_any(),
+                    namespace = save.namespace(),
+                    kubernetes.error = crate::common::message::of(error),
+                    "a Save resource is tried again"
+                ),
+            }
+            followed.acted(&uid, is_requested(now));
+            if let Ok(Some(changed)) = done {
+                followed.put(changed);
+            }
+        }
     }
 
     /// Does what is due for a resource, and returns it as it is then if it has changed.
@@ -150,8 +203,11 @@ impl Controller {
             }
             return Ok(None);
         }
+        if is_being_deleted(save) {
+            cancel(app, save).await;
+        }
         let now = status(app, save, before.clone()).await?;
-        if now == before && save.status.is_some() {
+        if now == before && (save.status.is_some() || is_being_deleted(save)) {
             return Ok(None);
         }
         let patch = serde_json::json!({ "status": now });
@@ -182,44 +238,62 @@ enum Failed {
 }
 
 impl Followed {
-    /// Returns the resources for which something may have to be done now.
+    /// Returns the resources for which something may have to be done now, those of all namespaces in turn, and of one
+    /// namespace first those that have waited longest.
     fn due(&mut self) -> Vec<(String, Save)> {
-        let (saves, requested) = (&self.saves, &mut self.requested);
-        requested.retain(|uid, at| at.elapsed() < AGAIN && saves.contains_key(uid));
-        let due = saves.iter().filter(|(uid, save)| {
-            let status = save.status.as_ref();
-            match status {
-                Some(status) if status.phase.is_final() => has_lived(save, status),
-                Some(status) if status.save.is_some() => true,
-                _ => !requested.contains_key(*uid),
+        let (saves, turns) = (&self.saves, &mut self.turns);
+        turns.retain(|uid, _| saves.contains_key(uid));
+        let is_due = |uid: &str, save: &Save| match &save.status {
+            Some(status) if status.phase.is_final() => {
+                !is_being_deleted(save) && has_lived(save, status)
             }
-        });
-        let due: Vec<_> = due.map(|(uid, save)| (uid.clone(), save.clone())).collect();
-        let now = Instant::now();
-        let to_request = due.iter().filter(|(_, save)| {
-            let status = save.status.as_ref();
-            status.is_none_or(|status| status.save.is_none())
-        });
-        requested.extend(to_request.map(|(uid, _)| (uid.clone(), now)));
-        due
+            _ => is_requested(save) || turns.get(uid).is_none_or(Turn::is_over),
+        };
+        let mut by_namespace: BTreeMap<String, Vec<(Option<Instant>, &String, &Save)>> =
+            BTreeMap::new();
+        for (uid, save) in saves.iter().filter(|(uid, save)| is_due(uid, save)) {
+            let of_namespace = by_namespace.entry(save.namespace().unwrap_or_default());
+            let last = turns.get(uid).map(|turn| turn.at);
+            of_namespace.or_default().push((last, uid, save));
+        }
+        let mut due = Vec::new();
+        for mut of_namespace in by_namespace.into_values() {
+            of_namespace.sort_by_key(|(last, uid, _)| (*last, *uid));
+            due.extend(of_namespace.into_iter().enumerate());
+        }
+        due.sort_by_key(|(place, _)| *place);
+        due.into_iter()
+            .map(|(_, (_, uid, save))| (uid.clone(), save.clone()))
+            .collect()
+    }
+
+    /// Notes that something was done for a resource, whose save may not have been accepted.
+    fn acted(&mut self, uid: &str, requested: bool) {
+        let refused = self.turns.get(uid).map_or(0, |turn| turn.refused);
+        let turn = Turn {
+            at: Instant::now(),
+            refused: if requested { 0 } else { refused + 1 },
+        };
+        self.turns.insert(uid.to_owned(), turn);
     }
 
     /// Takes in what the cluster tells. Returns a resource that was deleted.
-    fn apply(&mut self, event: Event<Save>) -> Option<Save> {
+    fn apply(&mut self, event: Event<DynamicObject>) -> Option<Save> {
         match event {
             Event::Init => self.listed.clear(),
-            Event::InitApply(save) => {
-                self.listed.extend(save.uid());
-                self.put(save);
+            Event::InitApply(object) => {
+                self.listed.extend(object.uid());
+                self.put(read(object)?);
             }
             Event::InitDone => {
-                let listed: std::collections::HashSet<_> = self.listed.drain(..).collect();
+                let listed: HashSet<_> = self.listed.drain(..).collect();
                 self.saves.retain(|uid, _| listed.contains(uid));
+                self.complete = true;
             }
-            Event::Apply(save) => self.put(save),
-            Event::Delete(save) => {
-                self.saves.remove(&save.uid()?);
-                return Some(save);
+            Event::Apply(object) => self.put(read(object)?),
+            Event::Delete(object) => {
+                self.saves.remove(&object.uid()?);
+                return read(object);
             }
         }
         None
@@ -239,6 +313,35 @@ impl Followed {
     }
 }
 
+/// Reads a resource. One that this version does not know is left alone: a newer one may have written it.
+fn read(object: DynamicObject) -> Option<Save> {
+    let (namespace, name) = (object.namespace(), object.name_any());
+    match object.try_parse::<Save>() {
+        Ok(save) => Some(save),
+        Err(error) => {
+            let error = crate::common::escape::limited(&error.to_string(), 500);
+            tracing::warn!(
+                save = name,
+                namespace,
+                error,
+                "a Save resource cannot be read and is left alone"
+            );
+            None
+        }
+    }
+}
+
+/// Returns whether a resource's save was accepted.
+fn is_requested(save: &Save) -> bool {
+    let status = save.status.as_ref();
+    status.is_some_and(|status| status.save.is_some())
+}
+
+/// Returns whether a resource is to go, and only its finalizers keep it.
+fn is_being_deleted(save: &Save) -> bool {
+    save.metadata.deletion_timestamp.is_some()
+}
+
 /// Returns whether a resource has ended long enough ago to be deleted.
 fn has_lived(save: &Save, status: &SaveStatus) -> bool {
     let ttl = save.spec.ttl_seconds_after_finished.unwrap_or(TTL_S);
@@ -249,11 +352,14 @@ fn has_lived(save: &Save, status: &SaveStatus) -> bool {
     ended.is_some_and(|ended| Timestamp::now().duration_since(ended).as_secs() >= i64::from(ttl))
 }
 
+/// What the names of all callers begin with that are resources.
+const CALLER: &str = "resource:";
+
 /// The caller that a resource stands for.
 fn caller(save: &Save) -> Caller {
     Caller {
         name: format!(
-            "resource:{}/{}",
+            "{CALLER}{}/{}",
             save.namespace().unwrap_or_default(),
             save.name_any()
         ),
@@ -300,31 +406,39 @@ fn request(save: &Save) -> SaveRequest {
     }
 }
 
+/// Returns the save that was accepted for a resource. Its status may not tell of it yet.
+async fn of_resource(app: &App, save: &Save) -> Result<Option<record::Save>, record::Error> {
+    let status = save.status.as_ref();
+    let id = status.and_then(|status| status.save.as_deref()?.parse::<JobId>().ok());
+    if is_requested(save) {
+        let found = match id {
+            Some(id) => app.record.save(id).await?,
+            None => None,
+        };
+        // Whoever may write the status names no save of another.
+        return Ok(found.filter(|found| is_of(found, save)));
+    }
+    let uid = save.uid().unwrap_or_default();
+    app.record.save_of_key(&caller(save).name, &uid).await
+}
+
 /// Returns the status that a resource should have now. Requests the save if it has not been.
 async fn status(app: &App, save: &Save, before: SaveStatus) -> Result<SaveStatus, Failed> {
-    let id = before
-        .save
-        .as_deref()
-        .and_then(|id| id.parse::<JobId>().ok());
-    let found = match id {
-        // Whoever may write the status names no save of another.
-        Some(id) => app
-            .record
-            .save(id)
-            .await?
-            .filter(|found| is_of(found, save)),
-        None => None,
+    let found = match (is_requested(save), is_being_deleted(save)) {
+        (false, false) => None,
+        _ => of_resource(app, save).await?,
     };
-    let found = match (found, id) {
-        (Some(found), _) => found,
-        (None, Some(_)) => {
+    let found = match found {
+        Some(found) => found,
+        None if is_requested(save) => {
             return Ok(failed(
                 before,
                 "Forgotten",
                 "the manager's record does not have the save any more",
             ));
         }
-        (None, None) => {
+        None if is_being_deleted(save) => return Ok(before),
+        None => {
             let (namespace, uid) = (
                 save.namespace().unwrap_or_default(),
                 save.uid().unwrap_or_default(),
@@ -448,24 +562,47 @@ fn camel(code: &str) -> String {
         .collect()
 }
 
-/// Cancels the save of a resource that was deleted before it ended.
+/// Cancels the save of a resource that is deleted before it has ended.
 async fn cancel(app: &App, save: &Save) {
-    let status = save.status.clone().unwrap_or_default();
-    if status.phase.is_final() {
+    let status = save.status.as_ref();
+    if status.is_some_and(|status| status.phase.is_final()) {
         return;
     }
-    let Some(id) = status.save.and_then(|id| id.parse::<JobId>().ok()) else {
-        return;
-    };
-    match app.record.save(id).await {
-        Ok(Some(found)) if !found.state.is_final() && is_of(&found, save) => {
-            if let Err(refusal) = saves::cancel_save(app, &caller(save).name, found).await {
-                tracing::debug!(job = %id, problem = refusal.problem().code, "the save of a deleted resource is not cancelled");
-            }
-        }
-        Ok(_) => {}
+    match of_resource(app, save).await {
+        Ok(Some(found)) => cancel_save(app, found).await,
+        Ok(None) => {}
         Err(error) => {
-            tracing::warn!(job = %id, %error, "the save of a deleted resource is not cancelled");
+            tracing::warn!(save = save.name_any(), %error, "the save of a deleted resource is not cancelled");
+        }
+    }
+}
+
+async fn cancel_save(app: &App, save: record::Save) {
+    if save.state.is_final() {
+        return;
+    }
+    let (id, caller) = (save.id, save.caller.clone());
+    if let Err(refusal) = saves::cancel_save(app, &caller, save).await {
+        tracing::debug!(job = %id, problem = refusal.problem().code, "the save of a deleted resource is not cancelled");
+    }
+}
+
+/// Cancels the open saves whose resources do not exist any more.
+async fn cancel_orphans(app: &App, followed: &Followed) {
+    // Without all resources at hand, it is not known which one is missing.
+    if followed.more {
+        return;
+    }
+    let open = match app.record.open_saves_of_keys(CALLER).await {
+        Ok(open) => open,
+        Err(error) => {
+            tracing::warn!(%error, "saves of deleted resources may go on");
+            return;
+        }
+    };
+    for (save, uid) in open {
+        if !followed.saves.contains_key(&uid) && now_ms() - save.created_ms > ORPHAN_MS {
+            cancel_save(app, save).await;
         }
     }
 }
@@ -549,18 +686,82 @@ mod tests {
         assert!(!has_lived(&save, &SaveStatus::default()));
     }
 
+    fn object(save: &Save) -> DynamicObject {
+        serde_json::from_value(serde_json::to_value(save).unwrap()).unwrap()
+    }
+
     #[test]
     fn what_is_not_listed_again_has_gone() {
+        let of = || object(&resource(None));
         let mut followed = Followed::default();
-        followed.apply(Event::Apply(resource(None)));
+        followed.apply(Event::Apply(of()));
         followed.apply(Event::Init);
         assert_eq!(followed.saves.len(), 1);
         followed.apply(Event::InitDone);
         assert_eq!(followed.saves.len(), 0);
-        followed.apply(Event::InitApply(resource(None)));
+        followed.apply(Event::InitApply(of()));
         followed.apply(Event::InitDone);
         assert_eq!(followed.saves.len(), 1);
-        assert!(followed.apply(Event::Delete(resource(None))).is_some());
+        assert!(followed.apply(Event::Delete(of())).is_some());
         assert_eq!(followed.saves.len(), 0);
+    }
+
+    #[test]
+    fn what_another_version_wrote_keeps_nothing_else_from_being_read() {
+        let mut unknown = object(&resource(None));
+        unknown.data["status"] = serde_json::json!({"phase": "Paused"});
+        let mut followed = Followed::default();
+        followed.apply(Event::InitApply(unknown));
+        let mut other = resource(None);
+        other.metadata.uid = Some("u-2".to_owned());
+        followed.apply(Event::InitApply(object(&other)));
+        followed.apply(Event::InitDone);
+        assert_eq!(followed.saves.keys().collect::<Vec<_>>(), ["u-2"]);
+    }
+
+    #[test]
+    fn namespaces_take_turns_and_refused_ones_wait() {
+        let mut followed = Followed::default();
+        for (namespace, uid) in [("a", "a1"), ("a", "a2"), ("a", "a3"), ("b", "b1")] {
+            let mut save = resource(None);
+            save.metadata.namespace = Some(namespace.to_owned());
+            save.metadata.uid = Some(uid.to_owned());
+            followed.put(save);
+        }
+        let uids = |followed: &mut Followed| -> Vec<String> {
+            followed.due().into_iter().map(|(uid, _)| uid).collect()
+        };
+        assert_eq!(uids(&mut followed), ["a1", "b1", "a2", "a3"]);
+        followed.acted("a1", false);
+        assert_eq!(uids(&mut followed), ["a2", "b1", "a3"]);
+        let turn = |seconds, refused| Turn {
+            at: Instant::now()
+                .checked_sub(Duration::from_secs(seconds))
+                .unwrap(),
+            refused,
+        };
+        assert!(turn(10, 1).is_over() && !turn(9, 1).is_over());
+        assert!(turn(40, 3).is_over() && !turn(39, 3).is_over());
+        assert!(turn(320, 99).is_over() && !turn(319, 99).is_over());
+        followed.turns.insert("a1".to_owned(), turn(10, 1));
+        assert_eq!(uids(&mut followed), ["a2", "b1", "a3", "a1"]);
+    }
+
+    #[test]
+    fn what_is_being_deleted_is_not_deleted_again() {
+        let mut save = resource(None);
+        save.spec.ttl_seconds_after_finished = Some(0);
+        save.status = Some(SaveStatus {
+            phase: Phase::Succeeded,
+            finished: Some(rfc3339(now_ms())),
+            ..SaveStatus::default()
+        });
+        let mut followed = Followed::default();
+        followed.put(save.clone());
+        assert_eq!(followed.due().len(), 1);
+        let time = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(Timestamp::now());
+        save.metadata.deletion_timestamp = Some(time);
+        followed.put(save);
+        assert_eq!(followed.due().len(), 0);
     }
 }
