@@ -233,6 +233,11 @@ impl Subject {
         context.phase(Phase::Locating);
         let container = container::find_any(&context.roots, &options.container, options.attempt)?;
         if let Some(ended) = container.ended() {
+            if options.together.is_some() {
+                return Err(Error::NotTogether {
+                    why: "a container of the pod has ended meanwhile",
+                });
+            }
             ended::announce(context, &ended.end);
         }
         let volumes = trees::open(

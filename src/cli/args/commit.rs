@@ -100,7 +100,7 @@ pub(in crate::cli) struct Commit {
 
     /// Save all running containers of the pod NAMESPACE/POD at one instant, an image each: the container's name is added
     /// to DESTINATION's repository or directory; all are frozen, or none, and no tag is written before all are complete
-    #[arg(long, conflicts_with_all = ["gate_fd", "freeze_mark", "metadata_file", "digestfile", "replace_only", "base"])]
+    #[arg(long, conflicts_with_all = ["gate_fd", "freeze_mark", "metadata_file", "digestfile", "replace_only", "base", "previous"])]
     pub(in crate::cli) all_containers: bool,
 
     /// Author, for the history entry and the config

@@ -5,6 +5,7 @@ pub mod crd;
 use std::path::Path;
 use std::time::Duration;
 
+use kube::client::AuthError;
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config};
 
@@ -43,8 +44,43 @@ pub(crate) async fn server_config(kubeconfig: Option<&Path>) -> Result<Config, E
     Ok(config)
 }
 
+/// Reads a token file that ends in white space, as `kubectl` accepts it and the crate does not. Such a file is read once.
+pub(crate) fn trim_token_file(config: &mut Config) {
+    let auth = &mut config.auth_info;
+    let read = auth.token_file.as_ref().filter(|_| auth.token.is_none());
+    // What cannot be read is reported by the crate.
+    let Some(text) = read.and_then(|file| std::fs::read_to_string(file).ok()) else {
+        return;
+    };
+    let text = zeroize::Zeroizing::new(text);
+    if text.trim() != text.as_str() {
+        auth.token = Some(text.trim().to_owned().into());
+        auth.token_file = None;
+    }
+}
+
+/// Returns what an error says without the output of a program for credentials, which may contain them.
+pub(crate) fn message_of(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut cause = Some(error);
+    while let Some(now) = cause {
+        match now.downcast_ref::<AuthError>() {
+            Some(AuthError::AuthExecRun { cmd, status, out }) => {
+                let stderr = String::from_utf8_lossy(&out.stderr);
+                let said = crate::common::escape::limited(stderr.trim(), 500);
+                return format!("its program for credentials ({cmd}) ended with {status}: {said}");
+            }
+            Some(AuthError::AuthExecParse(_)) => {
+                return "its program for credentials printed no ExecCredential".to_owned();
+            }
+            _ => cause = now.source(),
+        }
+    }
+    crate::common::message::of(error)
+}
+
 /// Creates a client.
-pub(crate) fn client(config: Config) -> Result<Client, Error> {
+pub(crate) fn client(mut config: Config) -> Result<Client, Error> {
+    trim_token_file(&mut config);
     // Both this program and the crate choose the provider of the process; whoever is first has the same choice.
     let _ = rustls::crypto::ring::default_provider().install_default();
     Ok(Client::try_from(config)?)

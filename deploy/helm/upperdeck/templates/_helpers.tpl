@@ -43,8 +43,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- end -}}
 
+{{/* Whether keys and a token are generated: a Secret that is named is used instead. */}}
+{{- define "upperdeck.generates" -}}
+{{- and .Values.secrets.generate (not .Values.secrets.existingSecret) -}}
+{{- end -}}
+
 {{- define "upperdeck.secret" -}}
-{{- if .Values.secrets.generate -}}
+{{- if eq (include "upperdeck.generates" .) "true" -}}
 {{ include "upperdeck.fullname" . }}-keys
 {{- else -}}
 {{- required "secrets.existingSecret: needed where secrets.generate is false" .Values.secrets.existingSecret -}}

@@ -52,6 +52,7 @@ impl Connection {
         let mut config = config;
         // A person waits for the answer, and sees why there is none.
         config.default_retry = false;
+        kubernetes::trim_token_file(&mut config);
         let kube = kubernetes::client(config.clone()).map_err(|error| wrong(&error))?;
         let namespace = cluster.namespace.clone();
         Ok(Self {
@@ -92,6 +93,12 @@ impl Connection {
             return Ok(Credential::Fixed(token));
         }
         if cluster.send_token {
+            if self.config.auth_info.impersonate.is_some() {
+                return Err(Usage(
+                    "--send-token: the kubeconfig acts as another user ('as'), which a token does not say".to_owned(),
+                )
+                .into());
+            }
             return Ok(Credential::Fixed(self.own_token().await?));
         }
         let (namespace, name) = match &cluster.service_account {
@@ -160,7 +167,7 @@ impl Connection {
 fn wrong(error: &(dyn std::error::Error + 'static)) -> Usage {
     Usage(format!(
         "the kubeconfig: {}",
-        crate::common::message::of(error)
+        kubernetes::message_of(error)
     ))
 }
 

@@ -1,8 +1,10 @@
 //! Answers that are kept for seconds, in a bounded number.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use tokio::sync::Semaphore;
 
 /// SHA-256 of what was asked. A token itself is never kept.
 pub(super) type Key = [u8; 32];
@@ -78,9 +80,44 @@ impl<K: std::hash::Hash + Eq> Counted<K> {
     }
 }
 
+/// A number of places for each origin.
+pub(super) struct Places<K> {
+    of: Mutex<HashMap<K, Arc<Semaphore>>>,
+    each: usize,
+}
+
+impl<K: std::hash::Hash + Eq> Places<K> {
+    pub(super) fn new(each: usize) -> Self {
+        Self {
+            of: Mutex::default(),
+            each,
+        }
+    }
+
+    /// Returns the places of an origin. Those of which none is taken or waited for are forgotten.
+    pub(super) fn of(&self, origin: K) -> Arc<Semaphore> {
+        let mut places = self.of.lock().unwrap_or_else(PoisonError::into_inner);
+        places.retain(|_, places| Arc::strong_count(places) > 1);
+        let new = || Arc::new(Semaphore::new(self.each));
+        Arc::clone(places.entry(origin).or_insert_with(new))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn places_are_forgotten_when_none_is_taken() {
+        let places = Places::new(1);
+        let taken = places.of("a").try_acquire_owned().unwrap();
+        assert!(places.of("a").try_acquire_owned().is_err());
+        assert!(places.of("b").try_acquire_owned().is_ok());
+        assert_eq!(places.of.lock().unwrap().len(), 2);
+        drop(taken);
+        assert!(places.of("a").try_acquire_owned().is_ok());
+        assert_eq!(places.of.lock().unwrap().len(), 1);
+    }
 
     #[test]
     fn answers_are_kept_for_a_time_and_in_a_number() {

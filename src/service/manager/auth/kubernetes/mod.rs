@@ -25,7 +25,7 @@ use super::{AuthError, Rejected};
 use crate::service::kubernetes::{self, GROUP};
 use crate::service::log_limit::{LogLimit, warn_limited};
 use crate::service::manager::target;
-use kept::{Counted, Kept, Key};
+use kept::{Counted, Kept, Key, Places};
 
 /// How long an answer of the API server is used.
 const LIFETIME: Duration = Duration::from_secs(10);
@@ -33,8 +33,13 @@ const LIFETIME: Duration = Duration::from_secs(10);
 const MAX_TOKENS: usize = 10_000;
 const MAX_REFUSED: usize = 4096;
 const MAX_GRANTS: usize = 50_000;
-/// Maximum number of questions to the API server at the same time.
-const MAX_QUESTIONS: usize = 32;
+/// Maximum number of questions to the API server at the same time about users that it has known before, and about others:
+/// of all, and of one address.
+const MAX_QUESTIONS: usize = 16;
+const MAX_UNKNOWN_QUESTIONS: usize = 16;
+const MAX_UNKNOWN_OF_PEER: usize = 4;
+/// How long the API server is asked about a token, or its user, in the places of those that it has known before.
+const KNOWN: Duration = Duration::from_secs(3600);
 /// Time limit of a question, with the time that it waits for others.
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum number of unknown tokens per second that are asked about for one address, and of such addresses.
@@ -139,7 +144,12 @@ pub(in super::super) struct Cluster {
     tokens: Kept<Reviewed>,
     refused: Kept<()>,
     grants: Kept<bool>,
+    /// Tokens that were accepted in the last time, whose answers have to be asked for again.
+    known: Kept<()>,
     questions: Semaphore,
+    unknown_questions: Semaphore,
+    /// Places of one address each among those of unknown tokens.
+    peers: Places<Option<IpAddr>>,
     unknown: Counted<Option<IpAddr>>,
     log: LogLimit,
 }
@@ -159,7 +169,10 @@ impl Cluster {
             tokens: Kept::new(LIFETIME, MAX_TOKENS),
             refused: Kept::new(LIFETIME, MAX_REFUSED),
             grants: Kept::new(LIFETIME, MAX_GRANTS),
+            known: Kept::new(KNOWN, MAX_TOKENS),
             questions: Semaphore::new(MAX_QUESTIONS),
+            unknown_questions: Semaphore::new(MAX_UNKNOWN_QUESTIONS),
+            peers: Places::new(MAX_UNKNOWN_OF_PEER),
             unknown: Counted::new(MAX_UNKNOWN, MAX_PEERS),
             log: LogLimit::default(),
         })
@@ -175,14 +188,9 @@ impl Cluster {
             ..Subject::default()
         };
         let asked = async {
-            self.ask(&review).await?;
-            self.ask(&access_review(
-                &access,
-                self.settings.permission,
-                "default",
-                None,
-            ))
-            .await
+            self.ask(&review, &self.questions).await?;
+            let access = access_review(&access, self.settings.permission, "default", None);
+            self.ask(&access, &self.questions).await.map(drop)
         };
         match asked.await {
             Err(Failed::Denied(reason)) => Err(AuthError::Kubernetes(format!(
@@ -213,13 +221,15 @@ impl Cluster {
         if self.refused.get(&key).is_some() {
             return Ok(None);
         }
-        if !self.unknown.count(peer.map(network)) {
-            return Err(Rejected::Busy);
-        }
         let asked = Instant::now();
         let audiences = &self.settings.audiences;
         let review = token_review(token.to_owned(), audiences.clone());
-        let answer = self.answer(&review).await?.status.unwrap_or_default();
+        let answer = if self.known.get(&key).is_some() {
+            self.answer(&review, &self.questions).await?
+        } else {
+            self.answer_of_unknown(&review, peer.map(network)).await?
+        };
+        let answer = answer.status.unwrap_or_default();
         // A server that does not know audiences would leave them out, and accept tokens that are for others.
         let meant = answer.audiences.unwrap_or_default();
         let meant = meant.iter().any(|audience| audiences.contains(audience));
@@ -238,6 +248,7 @@ impl Cluster {
             subject: Arc::new(subject),
         };
         self.tokens.put(key, found.clone(), asked);
+        self.known.put(key, (), asked);
         Ok(Some(found))
     }
 
@@ -287,14 +298,31 @@ impl Cluster {
             return Ok(allowed);
         }
         let asked = Instant::now();
-        let answer = self.answer(&review).await?.status.unwrap_or_default();
+        let answer = self.answer(&review, &self.questions).await?.status.unwrap_or_default();
         let allowed = answer.allowed && answer.denied != Some(true);
         self.grants.put(key, allowed, asked);
         Ok(allowed)
     }
 
-    async fn answer<K: Question>(&self, question: &K) -> Result<K, Rejected> {
-        self.ask(question).await.map_err(|failed| {
+    /// Asks about a token that need not be one: such questions take no place of others.
+    async fn answer_of_unknown(
+        &self,
+        review: &TokenReview,
+        peer: Option<IpAddr>,
+    ) -> Result<TokenReview, Rejected> {
+        if !self.unknown.count(peer) {
+            return Err(Rejected::Busy);
+        }
+        let place = self.peers.of(peer).acquire_owned();
+        // The semaphore is never closed.
+        let Ok(_place) = tokio::time::timeout(TIMEOUT, place).await else {
+            return Err(Rejected::Busy);
+        };
+        self.answer(review, &self.unknown_questions).await
+    }
+
+    async fn answer<K: Question>(&self, question: &K, places: &Semaphore) -> Result<K, Rejected> {
+        self.ask(question, places).await.map_err(|failed| {
             let (Failed::Denied(reason) | Failed::Away(reason)) = failed;
             warn_limited!(
                 self.log,
@@ -305,10 +333,10 @@ impl Cluster {
         })
     }
 
-    async fn ask<K: Question>(&self, question: &K) -> Result<K, Failed> {
+    async fn ask<K: Question>(&self, question: &K, places: &Semaphore) -> Result<K, Failed> {
         let asked = async {
             // The semaphore is never closed.
-            let _place = self.questions.acquire().await;
+            let _place = places.acquire().await;
             let api: Api<K> = Api::all(self.client.clone());
             api.create(&PostParams::default(), question).await
         };
