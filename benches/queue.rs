@@ -261,6 +261,7 @@ async fn agent(queue: Queue, name: String, run: Arc<Run>) {
                     running: Vec::new(),
                     load: Load::default(),
                     problems: Vec::new(),
+                    ..Node::default()
                 };
                 queue.heartbeat(&node, Some(&[])).await.unwrap();
                 tokio::time::sleep(HEARTBEAT_EVERY).await;

@@ -28,9 +28,9 @@ use crate::save::event::Observer;
 pub(super) fn ps(roots: &Roots, args: &args::Ps) -> anyhow::Result<()> {
     let mut listing = container::list(roots);
     if args.all {
-        let (containers, problems) = container::list_ended(roots);
-        listing.containers.extend(containers);
-        listing.problems.extend(problems);
+        let ended = container::list_ended(roots, true, usize::MAX);
+        listing.containers.extend(ended.containers);
+        listing.problems.extend(ended.problems);
     }
     let (denied, others): (Vec<_>, Vec<_>) =
         listing.problems.into_iter().partition(|p| p.permission);

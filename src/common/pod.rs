@@ -7,6 +7,11 @@ pub const DEFAULT_CONTAINER: &str = "kubectl.kubernetes.io/default-container";
 /// and Linkerd. Runtimes do not record which containers are sidecars (`restartPolicy: Always`).
 const PROXIES: [&str; 2] = ["istio-proxy", "linkerd-proxy"];
 
+/// Returns whether a container of this name is the proxy of a service mesh.
+pub fn is_proxy(name: &str) -> bool {
+    PROXIES.contains(&name)
+}
+
 /// Returns the index of the container that is meant, among the names of a pod's containers: the default one;
 /// without a default, the only one, or the only one that is not a proxy. Returns `None` if the user has to say.
 pub fn meant(running: &[&str], default: Option<&str>) -> Option<usize> {
@@ -17,7 +22,7 @@ pub fn meant(running: &[&str], default: Option<&str>) -> Option<usize> {
     };
     match default {
         Some(default) => only(&|name| name == default),
-        None => only(&|_| true).or_else(|| only(&|name| !PROXIES.contains(&name))),
+        None => only(&|_| true).or_else(|| only(&|name| !is_proxy(name))),
     }
 }
 

@@ -6,6 +6,7 @@
 mod support;
 
 mod background;
+mod ended;
 mod gate;
 mod health;
 mod jobs;

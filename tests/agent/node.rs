@@ -33,6 +33,9 @@ pub const NODE: &str = "node-1";
 /// Longer than anything takes, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// When the container was started, according to its runtime.
+pub const STARTED: &str = "2026-11-24T10:00:00Z";
+
 /// The node. Dropping it ends its processes.
 pub struct Node {
     pub id: String,
@@ -134,7 +137,27 @@ fn base(layout: &Path, lower: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Returns what Docker records of the container.
+fn config(id: &str, state: &serde_json::Value) -> String {
+    let config = json!({
+        "ID": id, "Name": "/web", "State": state, "Driver": "overlay2", "Image": Digest::of(b"unknown"),
+        "Config": {"Image": "jupyter/base:1", "Env": ["JUPYTERHUB_USER=alice"]},
+    });
+    config.to_string()
+}
+
 impl Node {
+    /// Kills the container, and after that records how it ended, as Docker does.
+    pub async fn die(&self, state: &serde_json::Value) -> Result<()> {
+        kill(Pid::from_raw(self.pid as i32), Signal::SIGKILL)?;
+        wait("the end", || (!alive(self.pid)).then_some(())).await?;
+        let path = self
+            .path("docker/containers")
+            .join(&self.id)
+            .join("config.v2.json");
+        Ok(fs::write(path, config(&self.id, state))?)
+    }
+
     /// Creates a node; `None` if this machine does not support it.
     pub async fn new() -> Result<Option<Self>> {
         Self::start("", "").await
@@ -203,14 +226,12 @@ impl Node {
             fs::create_dir_all(path.parent().unwrap_or(Path::new("/")))?;
             fs::write(path, text)
         };
-        let config = json!({
-            "ID": id, "Name": "/web", "State": {"Pid": pid}, "Config": {"Image": "jupyter/base:1"},
-            "Driver": "overlay2", "Image": Digest::of(b"unknown"),
-        });
+        let directory = docker.join("containers").join(&id);
         write(
-            docker.join(format!("containers/{id}/config.v2.json")),
-            config.to_string(),
+            directory.join("config.v2.json"),
+            config(&id, &json!({"Pid": pid, "StartedAt": STARTED})),
         )?;
+        write(directory.join("hostconfig.json"), "{}".to_owned())?;
         // Not started from an image of this Docker: its only lower is the layer that Docker itself makes for each container.
         for (name, layer) in [("mount-id", "mounted"), ("init-id", "lower")] {
             write(

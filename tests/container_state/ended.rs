@@ -91,7 +91,10 @@ fn a_pod_of_containerd_is_found_by_its_metadata() -> Outcome {
         recheck(&node.roots, &ended)?;
     }
     assert_eq!(list(&node.roots).containers.len(), 0);
-    assert_eq!(list_ended(&node.roots).0.len(), 1);
+    assert_eq!(
+        list_ended(&node.roots, true, usize::MAX).containers.len(),
+        1
+    );
 
     // Started again, being removed, and with another directory in the place of its own.
     let ended = current(&node, CONTAINERD_ID)?;
@@ -200,7 +203,10 @@ fn an_earlier_attempt_of_crio_is_meant_only_if_it_is_asked_for() -> Outcome {
     );
     assert_eq!(ended.overlay, running.overlay);
     prove_base(&node.roots, &ended)?;
-    assert_eq!(list_ended(&node.roots).0.len(), 3);
+    assert_eq!(
+        list_ended(&node.roots, true, usize::MAX).containers.len(),
+        3
+    );
     Ok(())
 }
 

@@ -53,7 +53,7 @@ pub fn run(input: &[u8]) {
             errors::checked(freeze::write_modes(running.pid, Some(dir.path())));
         }
     }
-    let (ended, _) = list_ended(&roots);
+    let ended = list_ended(&roots, true, usize::MAX).containers;
     for container in ended.iter().take(8) {
         let overlay = &container.overlay;
         for path in overlay.lowers.iter().chain([&overlay.upper]) {

@@ -3,6 +3,7 @@
 
 mod access;
 mod doors;
+mod ended;
 mod events;
 mod fuzz;
 mod http;

@@ -71,6 +71,7 @@ async fn every_reply_is_described_and_times_are_times() -> Outcomes {
         ("Save", "finished"),
         ("Save", "since"),
         ("Save", "started"),
+        ("SessionEndView", "at"),
         ("SessionView", "started"),
         ("SignedIn", "expires"),
         ("Waiting", "until"),

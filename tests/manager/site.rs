@@ -273,6 +273,12 @@ impl Agent {
             running: Vec::new(),
             load,
             problems: Vec::new(),
+            to_save: sessions
+                .iter()
+                .filter(|session| session.ended.as_ref().is_some_and(|end| end.save))
+                .map(|session| session.started_ms as u64)
+                .reduce(u64::wrapping_add),
+            ..Node::default()
         };
         self.queue.heartbeat(&node, Some(sessions)).await?;
         Ok(())

@@ -34,6 +34,7 @@ fn populate(standin: &Standin) {
     world.images[1].pinned = true;
     world.images[2].shared = vec!["jun".to_owned()];
     crate::packages::populate(&mut world);
+    world.end_session(true);
     let mut lent = world.image("survey", &["v3"], Category::Cpu, 3_000_000_000, 50, None);
     "jun".clone_into(&mut lent.user);
     world.shared.push(lent);

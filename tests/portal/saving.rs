@@ -18,6 +18,24 @@ fn open(browser: &Browser, standin: &Standin) -> Outcome {
     browser.until("the sessions", there, json!([])).map(drop)
 }
 
+#[test]
+fn a_session_that_has_ended_says_why_and_is_saved_by_one_press() -> Outcome {
+    let Some((browser, standin)) = begin(&BrowserOptions::default())? else {
+        return Ok(());
+    };
+    standin.world().end_session(true);
+    open(&browser, &standin)?;
+    browser.see("ended 3 minutes ago: out of memory")?;
+    browser.click("article:nth-of-type(2) .opener")?;
+    browser.see("What it wrote is still there, and can be saved until it is removed.")?;
+    browser.click("article:nth-of-type(2) button.main")?;
+    browser.see("registry.example.org/minji/rstudio-minji:2026-11-24-1530")?;
+    standin.world().end_session(false);
+    open(&browser, &standin)?;
+    browser.see("ended 3 minutes ago: exit code 1")?;
+    assert_clean(&browser, &standin)
+}
+
 /// Checks that no forbidden event occurred, and that every change was requested with the page's own header.
 fn assert_clean(browser: &Browser, standin: &Standin) -> Outcome {
     assert_eq!(

@@ -26,8 +26,8 @@ use upperdeck::service::job::{
 use upperdeck::service::manager::api::Replace;
 use upperdeck::service::manager::api::{
     ExistingImage, ImageChange, ImageFate, ImageState, ImageTag, ImageView, Images, Me, NodeView,
-    Nodes, Problem, Progress, Quota, Save, SaveError, SaveRequest, Saves, SessionView, Sessions,
-    Warning, Which,
+    Nodes, Problem, Progress, Quota, Save, SaveError, SaveRequest, Saves, SessionEndView,
+    SessionView, Sessions, Warning, Which,
 };
 use upperdeck::service::manager::auth::Via;
 
@@ -110,6 +110,7 @@ impl World {
             category,
             image: Some("registry.example.org/centre/pytorch-notebook:2026a".to_owned()),
             started: ago(started),
+            ended: None,
             upper_bytes: Some(4_812_000_000),
             upper_entries: Some(31_877),
             next: None,
@@ -120,6 +121,16 @@ impl World {
             suggested_tag: "2026-11-24-1530".to_owned(),
             save: None,
         }
+    }
+
+    /// Has the second session end.
+    pub fn end_session(&mut self, out_of_memory: bool) {
+        self.sessions[1].ended = Some(SessionEndView {
+            at: Some(ago(185)),
+            exit_code: Some(if out_of_memory { 137 } else { 1 }),
+            out_of_memory,
+            save: false,
+        });
     }
 
     fn new() -> Self {
@@ -588,6 +599,7 @@ impl World {
                 hurry: true,
             },
             problems: vec![],
+            ended_more: 0,
         }
     }
 }

@@ -185,7 +185,9 @@ class Manager:
 
     async def sessions(self, owner: str) -> list[Json]:
         """Returns the running sessions of ``owner``."""
-        return await self.every(path("sessions"), "sessions", owner)
+        sessions = await self.every(path("sessions"), "sessions", owner)
+        # One that has ended, and is still on its node's disk, is not the server that runs now.
+        return [session for session in sessions if session.get("ended") is None]
 
     async def session(self, owner: str, which: str | Json) -> Json | None:
         """Returns the session that the hub knows as ``which``: an ID or name, or namespace and pod."""

@@ -30,7 +30,7 @@ pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
     match job {
         Job::Sessions(args) => with_client(&args.server, async |client| {
             let found: Sessions = client.get("sessions", &[]).await?;
-            print(args.format, found.sessions.as_slice(), sessions_table)
+            print(args.format, found.sessions.as_slice(), sessions_now)
         }),
         Job::Submit(args) => {
             let server = args.server.clone();
@@ -386,7 +386,26 @@ pub(super) fn api_name<T: serde::Serialize>(value: &T) -> String {
         .unwrap_or_else(|| "-".to_owned())
 }
 
-pub(super) fn sessions_table(sessions: &[SessionView]) -> String {
+/// Returns whether a session runs, or when and why it ended.
+fn state(session: &SessionView, now: Timestamp) -> String {
+    let Some(end) = &session.ended else {
+        return "running".to_owned();
+    };
+    let when = end.at.as_ref().map(|at| format!(" {} ago", age(at, now)));
+    let why = match end.exit_code {
+        _ if end.out_of_memory => ": out of memory".to_owned(),
+        Some(code) => format!(": exit code {code}"),
+        None => String::new(),
+    };
+    format!("ended{}{why}", when.unwrap_or_default())
+}
+
+/// Returns sessions as a table, with their ages as of now.
+pub(super) fn sessions_now(sessions: &[SessionView]) -> String {
+    sessions_table(sessions, Timestamp::now())
+}
+
+fn sessions_table(sessions: &[SessionView], now: Timestamp) -> String {
     let header = [
         ("SESSION", Align::Left),
         ("NAME", Align::Left),
@@ -396,9 +415,9 @@ pub(super) fn sessions_table(sessions: &[SessionView]) -> String {
         ("OWNER", Align::Left),
         ("CHANGED", Align::Right),
         ("AGE", Align::Right),
+        ("STATE", Align::Left),
         ("SAVE", Align::Left),
     ];
-    let now = Timestamp::now();
     let rows = sessions.iter().map(|session| {
         let name = match (&session.namespace, &session.pod, &session.container) {
             (Some(namespace), Some(pod), Some(container)) => {
@@ -415,7 +434,12 @@ pub(super) fn sessions_table(sessions: &[SessionView]) -> String {
             session.node.clone(),
             session.owner.clone().unwrap_or_else(|| "-".to_owned()),
             text::bytes(session.upper_bytes),
-            age(&session.started, now),
+            match session.ended {
+                // Its state has the age of its end.
+                Some(_) => "-".to_owned(),
+                None => age(&session.started, now),
+            },
+            state(session, now),
             session
                 .save
                 .map_or_else(|| "-".to_owned(), |save| save.to_string()),
@@ -575,6 +599,47 @@ mod tests {
         assert_eq!(name(Some("a")), (some("a"), None));
         assert_eq!(name(Some(":b")), (None, some("b")));
         assert_eq!(name(None), (None, None));
+        Ok(())
+    }
+
+    #[test]
+    fn a_session_that_has_ended_says_when_and_why() -> anyhow::Result<()> {
+        let now: Timestamp = "2026-11-24T12:00:00Z".parse()?;
+        let mut session: SessionView = serde_json::from_value(serde_json::json!({
+            "id": "ab".repeat(32), "node": "n1", "owner": "alice", "namespace": "hub", "pod": "nb-0", "container": "notebook",
+            "runtime": "containerd", "kind": "jupyter", "category": "cpu", "started": "2026-11-24T10:00:00Z",
+            "unsaved": [], "unsaved_more": 0, "suggested_name": "nb-0", "suggested_tag": "x",
+        }))?;
+        assert!(
+            sessions_table(&[session.clone()], now).ends_with("  2h  running  -\n"),
+            "{}",
+            sessions_table(&[session.clone()], now)
+        );
+        for (at, exit_code, out_of_memory, told) in [
+            (
+                Some("2026-11-24T11:57:00Z"),
+                Some(137),
+                true,
+                "ended 3m ago: out of memory",
+            ),
+            (
+                Some("2026-11-24T11:57:00Z"),
+                Some(1),
+                false,
+                "ended 3m ago: exit code 1",
+            ),
+            (Some("2026-11-24T11:59:59Z"), None, false, "ended 1s ago"),
+            (None, None, false, "ended"),
+        ] {
+            session.ended = Some(crate::service::manager::api::SessionEndView {
+                at: at.map(str::to_owned),
+                exit_code,
+                out_of_memory,
+                save: false,
+            });
+            assert_eq!(state(&session, now), told);
+        }
+        assert!(sessions_table(&[session], now).ends_with("  ended  -\n"));
         Ok(())
     }
 

@@ -175,6 +175,7 @@ fn agent_options(
         vendor: work.vendor.clone(),
     };
     options.allowed = allowed;
+    options.save_ended = work.save_ended.parse().map_err(Usage)?;
     options.volumes.clone_from(&work.allow_volume);
     let state_dir = Some(&work.state_dir).filter(|dir| !dir.as_os_str().is_empty());
     options.state_dir = state_dir.cloned();

@@ -84,26 +84,45 @@ pub fn list(roots: &Roots) -> Listing {
     listing
 }
 
-/// Lists the containers that have ended and are still on disk, sorted like those of [`list`], and those of them that
-/// cannot be saved as problems. Pause containers are left out.
-pub fn list_ended(roots: &Roots) -> (Vec<Container>, Vec<Problem>) {
-    let mut problems = Vec::new();
+/// Containers that have ended, or were never started, and are still on disk.
+#[derive(Clone, Debug, Default)]
+pub struct EndedListing {
+    /// Containers, sorted by namespace, pod and name.
+    pub containers: Vec<Container>,
+    /// Those that cannot be saved.
+    pub problems: Vec<Problem>,
+    /// Number of those that were not looked at.
+    pub more: usize,
+}
+
+/// Lists the containers that have ended and are still on disk, with `created` also those that were never started: `most`
+/// of them, those that ended last. Pause containers are left out.
+pub fn list_ended(roots: &Roots, created: bool, most: usize) -> EndedListing {
     let drafts = recorded_containers(roots, &mut Vec::new());
+    let mut records = ended_records(roots, &drafts);
+    records.retain(|record| !record.sandbox && (created || !record.end.never_started));
+    // One whose end is not on record yet has ended just now.
+    records.sort_by_key(|record| {
+        (
+            record.end.unnoticed.is_none(),
+            std::cmp::Reverse(record.end.at),
+        )
+    });
+    let mut listing = EndedListing {
+        more: records.len().saturating_sub(most),
+        ..EndedListing::default()
+    };
     let tables = Tables::default();
-    let mut containers = Vec::new();
-    for record in ended_records(roots, &drafts) {
-        if record.sandbox {
-            continue;
-        }
-        match ended::assemble(roots, &tables, &record) {
-            Ok(container) => containers.push(container),
+    for record in records.iter().take(most) {
+        match ended::assemble(roots, &tables, record) {
+            Ok(container) => listing.containers.push(container),
             // It was removed, or started, after it was listed.
             Err(error) if error.is_not_found() || matches!(error, Error::StartedAgain { .. }) => {}
-            Err(error) => problems.push(error.into_problem(&record.state)),
+            Err(error) => listing.problems.push(error.into_problem(&record.state)),
         }
     }
-    containers.sort_by_cached_key(sort_key);
-    (containers, problems)
+    listing.containers.sort_by_cached_key(sort_key);
+    listing
 }
 
 fn sort_key(container: &Container) -> (Option<String>, Option<(String, String)>, Vec<String>) {

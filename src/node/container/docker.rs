@@ -42,6 +42,11 @@ pub(super) struct Config2 {
     image: String,
     #[serde(rename = "Config")]
     pub(super) config: RunConfig,
+    /// Program of the first process, and its arguments.
+    #[serde(rename = "Path", default)]
+    pub(super) path: String,
+    #[serde(rename = "Args", default)]
+    pub(super) args: Option<Vec<String>>,
     #[serde(rename = "Driver", default)]
     pub(super) driver: String,
     /// Volumes and bind mounts by destination.
@@ -65,6 +70,9 @@ pub(super) struct State {
     pub(super) exit_code: i64,
     #[serde(rename = "OOMKilled", default)]
     pub(super) oom_killed: bool,
+    /// RFC 3339; the year 1 for a container that was never started.
+    #[serde(rename = "StartedAt", default)]
+    pub(super) started_at: String,
     /// RFC 3339; the year 1 for a container that never ended.
     #[serde(rename = "FinishedAt", default)]
     pub(super) finished_at: String,
@@ -80,6 +88,9 @@ pub(super) struct RunConfig {
     /// The image as named by the user.
     #[serde(rename = "Image", default)]
     pub(super) image: String,
+    /// Environment variables as `NAME=VALUE`, those of the image included.
+    #[serde(rename = "Env", default)]
+    pub(super) env: Option<Vec<String>>,
 }
 
 /// Returns the data roots, including those of `userns-remap` (`<uid>.<gid>` below them).

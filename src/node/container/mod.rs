@@ -33,7 +33,9 @@ mod storage;
 mod table;
 mod volume;
 
-pub use discovery::{Attempt, Listing, find, find_any, list, list_ended, of_pod, recheck};
+pub use discovery::{
+    Attempt, EndedListing, Listing, find, find_any, list, list_ended, of_pod, recheck,
+};
 pub use ended::{End, Ended};
 pub use error::{Error, Problem};
 pub use pattern::{Pattern, PatternError};

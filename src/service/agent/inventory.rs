@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
+use super::ended::{self, EndedSessions, Run};
 use super::kind;
 use super::options::Options;
+use super::watch::Process;
 use crate::common::escape;
 use crate::image::packages::Packages;
-use crate::node::container::{self, Container, MountPoint, Runtime};
-use crate::service::job::{NextSave, Session, Unsaved};
+use crate::node::container::{self, Container, MountPoint, Problem, Runtime};
+use crate::service::job::{NextSave, Session, SessionEnd, Unsaved};
 
 /// Maximum number of problems in a heartbeat, and of characters in each.
 const MAX_PROBLEMS: usize = 20;
@@ -33,12 +35,13 @@ pub(super) struct Inventory(Mutex<State>);
 #[derive(Debug, Default)]
 struct State {
     sessions: Vec<Session>,
-    processes: HashMap<String, (u32, u64)>,
+    processes: HashMap<String, Process>,
     problems: Vec<String>,
     /// Result and time of the latest inspection of each session.
     inspected: HashMap<String, (Inspection, Instant)>,
     /// Duration of the last save of each session, in seconds.
     seconds: HashMap<String, f64>,
+    ended: EndedSessions,
 }
 
 impl Inventory {
@@ -47,8 +50,23 @@ impl Inventory {
     }
 
     /// Returns PID and start time of a session at the latest listing.
-    pub(super) fn process_of(&self, session: &str) -> Option<(u32, u64)> {
+    pub(super) fn process_of(&self, session: &str) -> Option<Process> {
         self.state().processes.get(session).copied()
+    }
+
+    /// Returns the first processes of all sessions at the latest listing.
+    pub(super) fn processes(&self) -> HashSet<Process> {
+        self.state().processes.values().copied().collect()
+    }
+
+    /// Returns whether a session has ended of which the runtime has not yet recorded how.
+    pub(super) fn is_settling(&self) -> bool {
+        self.state().ended.is_settling()
+    }
+
+    /// Returns the number of sessions that have ended and are not listed.
+    pub(super) fn ended_more(&self) -> u64 {
+        self.state().ended.more()
     }
 
     /// Returns the sessions, and the problems that limit what is known about them.
@@ -63,49 +81,67 @@ impl Inventory {
         (state.sessions.len(), state.problems.len())
     }
 
-    /// Lists the sessions again. Reads the state of the runtimes and `/proc`, but no trees.
-    pub(super) fn refresh(&self, options: &Options) {
+    /// Lists the sessions again. Reads the state of the runtimes and `/proc`, but no trees. Returns whether one has ended or
+    /// was started, or more is known of one that has ended.
+    pub(super) fn refresh(&self, options: &Options) -> bool {
         let listing = container::list(&options.roots);
         let of_runtime = |container: &&Container| container.runtime != Runtime::Process;
         let containers: Vec<&Container> = listing.containers.iter().filter(of_runtime).collect();
-        let mut problems: Vec<String> = listing
-            .problems
-            .iter()
-            .map(|problem| escape::limited(&problem.to_string(), MAX_PROBLEM))
-            .collect();
-        if problems.len() > MAX_PROBLEMS {
-            let more = problems.len() - MAX_PROBLEMS;
-            problems.truncate(MAX_PROBLEMS);
-            problems.push(format!("and {more} more"));
-        }
-        let mut state = self.state();
-        let is_there = |id: &String| containers.iter().any(|container| container.id == *id);
-        state.inspected.retain(|id, _| is_there(id));
-        state.seconds.retain(|id, _| is_there(id));
         let mut sessions: Vec<Session> = containers
             .iter()
             .map(|container| session(options, container))
             .collect();
+        let runs: HashMap<String, Run> = containers
+            .iter()
+            .zip(&sessions)
+            .filter_map(|(container, session)| {
+                let running = container.running()?;
+                let run = Run {
+                    pid: running.pid,
+                    pid_start: running.pid_start,
+                    started_ms: session.started_ms,
+                };
+                Some((container.id.clone(), run))
+            })
+            .collect();
+        let process = |run: &Run| (run.pid, run.pid_start);
+        let processes = runs.iter().map(|(id, run)| (id.clone(), process(run)));
+        let processes = processes.collect();
+        let is_due = self.state().ended.observe(runs);
+        let read = is_due.then(|| ended::read(options));
+        let mut state = self.state();
+        if let Some(read) = read {
+            state.ended.set(options, read);
+        }
+        state.problems = problems(&listing.problems, state.ended.problems());
+        sessions.extend(state.ended.sessions().cloned());
+        let there: HashSet<&String> = sessions.iter().map(|session| &session.id).collect();
+        state.inspected.retain(|id, _| there.contains(id));
+        state.seconds.retain(|id, _| there.contains(id));
         for session in &mut sessions {
             state.apply_inspection(session);
         }
+        let lives = |sessions: &[Session]| -> Vec<(String, Option<SessionEnd>)> {
+            let one = |session: &Session| (session.id.clone(), session.ended.clone());
+            sessions.iter().map(one).collect()
+        };
+        let changed = lives(&state.sessions) != lives(&sessions);
         state.sessions = sessions;
-        state.processes = containers
-            .iter()
-            .filter_map(|container| {
-                let running = container.running()?;
-                Some((container.id.clone(), (running.pid, running.pid_start)))
-            })
-            .collect();
-        state.problems = problems;
+        state.processes = processes;
+        changed
     }
 
-    /// Returns the sessions that have not been inspected for `every`.
+    /// Returns the sessions that have not been inspected for `every`, or not since they ended.
     pub(super) fn due(&self, every: Duration) -> Vec<String> {
         let state = self.state();
         let fresh = |session: &&Session| {
-            let inspected = state.inspected.get(&session.id);
-            inspected.is_some_and(|(_, at)| at.elapsed() < every)
+            let Some((_, at)) = state.inspected.get(&session.id) else {
+                return false;
+            };
+            match session.ended {
+                Some(_) => state.ended.noticed(&session.id).is_none_or(|end| *at > end),
+                None => at.elapsed() < every,
+            }
         };
         let due = state.sessions.iter().filter(|session| !fresh(session));
         due.map(|session| session.id.clone()).collect()
@@ -174,7 +210,23 @@ struct Next {
     bytes: u64,
 }
 
-fn session(options: &Options, container: &Container) -> Session {
+/// Returns the problems of a listing as sentences, those with what runs before the others.
+fn problems(running: &[Problem], ended: &[Problem]) -> Vec<String> {
+    let all = running.len() + ended.len();
+    let mut problems: Vec<String> = running
+        .iter()
+        .chain(ended)
+        .take(MAX_PROBLEMS)
+        .map(|problem| escape::limited(&problem.to_string(), MAX_PROBLEM))
+        .collect();
+    if all > problems.len() {
+        problems.push(format!("and {} more", all - problems.len()));
+    }
+    problems
+}
+
+/// Describes a container. How it ended is not part of that.
+pub(super) fn session(options: &Options, container: &Container) -> Session {
     let pod = container.pod.as_ref();
     let (unsaved, more) = unsaved(&container.mounts);
     let name = |text: &String| escape::limited(text, MAX_NAME);
@@ -194,6 +246,7 @@ fn session(options: &Options, container: &Container) -> Session {
         category: kind::category(container),
         image: container.image_name.as_ref().map(name),
         started_ms: container.started_ms(&options.roots).unwrap_or(0),
+        ended: None,
         upper_bytes: None,
         upper_entries: None,
         next: None,

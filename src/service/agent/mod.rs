@@ -2,6 +2,7 @@
 //! child's events, and makes sure that no container stays frozen if a process dies.
 
 mod child;
+mod ended;
 mod final_event;
 mod health;
 mod inventory;
@@ -15,6 +16,7 @@ mod reporter;
 mod spool;
 mod stuck;
 mod user_values;
+mod watch;
 mod work;
 
 use std::collections::HashMap;
@@ -22,6 +24,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 use crate::common::message::count;
@@ -35,7 +38,9 @@ use reporter::{CALL_TIMEOUT, call};
 use spool::Spool;
 use stuck::StuckProcesses;
 use tokio_util::sync::CancellationToken;
+use watch::Watch;
 
+pub use ended::SaveEnded;
 pub(crate) use options::host_name;
 pub use options::{Allowed, AllowedError, Options, Registry};
 pub use owner::{OwnerRule, RuleError};
@@ -80,6 +85,9 @@ const SESSIONS_EVERY: Duration = Duration::from_secs(30);
 /// Interval at which the capacity is checked again while all slots are taken.
 const FREE_SLOT_POLL: Duration = Duration::from_secs(1);
 
+/// Shortest interval between two listings of the node's containers. A runtime takes about as long to record an end.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
 /// Time for the first list of the node's containers, after which the agent counts as started in any case.
 const FIRST_LISTING: Duration = Duration::from_secs(30);
 
@@ -103,6 +111,8 @@ struct Agent {
     running: Mutex<HashMap<JobId, Running>>,
     /// Set once the node's containers have been listed.
     listed: CancellationToken,
+    /// Notified when a heartbeat should not wait for its time.
+    news: Notify,
     /// Set once the queue has taken a heartbeat.
     heard: CancellationToken,
     findings: health::Findings,
@@ -150,6 +160,7 @@ pub async fn run(options: Options, queue: Queue, cancel: CancellationToken) -> R
         drain_over: CancellationToken::new(),
         running: Mutex::default(),
         listed: CancellationToken::new(),
+        news: Notify::new(),
         heard: CancellationToken::new(),
         findings: health::Findings::default(),
         metrics: health::Metrics::new(&options.node),
@@ -413,7 +424,7 @@ impl Agent {
                 }
             }
             failed = sent.is_err();
-            tokio::time::sleep(self.options.heartbeat_every).await;
+            let _ = tokio::time::timeout(self.options.heartbeat_every, self.news.notified()).await;
         }
     }
 
@@ -443,6 +454,8 @@ impl Agent {
             running,
             load,
             problems,
+            ended_more: self.inventory.ended_more(),
+            to_save: ended::mark(&sessions),
         };
         let sessions = with_sessions.then_some(sessions.as_slice());
         call(
@@ -453,20 +466,26 @@ impl Agent {
         .await
     }
 
-    /// Lists the node's containers at regular intervals, and thaws what may have been left frozen.
+    /// Lists the node's containers at regular intervals and when one has ended, and thaws what may have been left frozen.
     async fn inventory_loop(self: Arc<Self>) {
+        let mut watch = Watch::default();
         loop {
+            let begun = Instant::now();
             let agent = Arc::clone(&self);
             let looked = tokio::task::spawn_blocking(move || {
-                agent.inventory.refresh(&agent.options);
+                let changed = agent.inventory.refresh(&agent.options);
                 health::look(&agent);
                 agent.spool.tidy(now_ms());
+                changed
             });
-            if looked.await.is_err() {
-                tracing::error!(
+            match looked.await {
+                Ok(true) => self.news.notify_one(),
+                Ok(false) => {}
+                Err(_) => tracing::error!(
                     "looking at the node's containers: a thread died; this is a defect of upperdeck"
-                );
+                ),
             }
+            watch.set(&self.inventory.processes());
             self.listed.cancel();
             for (job, _) in self.spool.leftovers() {
                 let at_work = self.running().contains_key(&job);
@@ -474,7 +493,15 @@ impl Agent {
                     self.spool.end(job);
                 }
             }
-            tokio::time::sleep(self.options.inventory_every).await;
+            let every = self.options.inventory_every;
+            let pause = if self.inventory.is_settling() {
+                every.min(LOOK_AGAIN)
+            } else {
+                every
+            };
+            let _ = tokio::time::timeout(pause, watch.ended()).await;
+            // However many end, one after another.
+            tokio::time::sleep(every.min(LOOK_AGAIN).saturating_sub(begun.elapsed())).await;
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::node::background::DEFAULT_FLOOR_PERCENT;
 use crate::node::container::{Pattern, Roots};
 use crate::service::queue::HEARTBEAT_EVERY;
 
+use super::ended::SaveEnded;
 use super::owner::OwnerRule;
 
 /// Default memory limit of a child in bytes: twice what the names and attributes of a tree may take (`--max-memory`),
@@ -32,6 +33,8 @@ pub struct Options {
     pub registry: Registry,
     /// Permitted destinations. A destination that none of them covers is refused, so an empty list refuses everything.
     pub allowed: Vec<Allowed>,
+    /// Which sessions are saved when they end, unless their pod says otherwise.
+    pub save_ended: SaveEnded,
     /// Volumes that may be saved, as patterns with a placeholder for the owner. A volume that none of them covers is
     /// refused.
     pub volumes: Vec<Pattern>,
@@ -118,6 +121,7 @@ impl Options {
                 vendor: None,
             },
             allowed: Vec::new(),
+            save_ended: SaveEnded::default(),
             volumes: Vec::new(),
             spool_dir: state.join("agent"),
             state_dir: Some(state),

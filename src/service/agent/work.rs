@@ -19,7 +19,7 @@ use super::spool::{ChildRecord, JobFile};
 use super::user_values::check_user_values;
 use crate::common::digest::Digest;
 use crate::common::failure::FailureKind;
-use crate::node::container::{self, Container, Runtime};
+use crate::node::container::{self, Attempt, Container, Runtime};
 use crate::node::freeze;
 use crate::service::job::{Code, Event, JobId, NextStep, Order, Outcome, Update, Verdict, now_ms};
 use crate::service::queue::{Claim, ClaimState, RENEW_EVERY};
@@ -235,22 +235,30 @@ fn check_order(agent: &Agent, order: &Order) -> Result<(), Refusal> {
     ))
 }
 
-/// Returns the container with exactly this ID. Fails if it is not the same process that the last listing saw.
+/// Returns the container with exactly this ID, also if it has ended. Fails if it has another process than the last listing
+/// saw.
 fn find(agent: &Agent, session: &str) -> Result<Container, Refusal> {
-    let gone = || Refusal::of(Code::ContainerGone, "the session has ended");
+    let gone = || Refusal::of(Code::ContainerGone, "the session has ended and was removed");
     // Names, ID prefixes, pods and PIDs are not accepted as an ID.
     let id = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if session.starts_with('-') || !session.chars().all(id) {
         return Err(gone());
     }
-    let container =
-        container::find(&agent.options.roots, session).map_err(|error| match error.kind() {
-            FailureKind::ContainerGone => gone(),
-            _ if error.code() == "policy" => Refusal::of(Code::Policy, error.to_string()),
-            FailureKind::BaseUnproven => Refusal::of(Code::BaseUnproven, error.to_string()),
-            FailureKind::NotPermitted => Refusal::of(Code::NotPermitted, error.to_string()),
-            _ => Refusal::of(Code::Internal, error.to_string()),
-        })?;
+    let found = container::find_any(&agent.options.roots, session, Attempt::Current);
+    let container = found.map_err(|error| match error.kind() {
+        FailureKind::ContainerGone if matches!(error, container::Error::Stopped { .. }) => {
+            Refusal::of(
+                Code::ContainerGone,
+                format!("the session has ended: {error}"),
+            )
+        }
+        FailureKind::ContainerGone => gone(),
+        FailureKind::Retryable => Refusal::transient(Code::Internal, error.to_string()),
+        _ if error.code() == "policy" => Refusal::of(Code::Policy, error.to_string()),
+        FailureKind::BaseUnproven => Refusal::of(Code::BaseUnproven, error.to_string()),
+        FailureKind::NotPermitted => Refusal::of(Code::NotPermitted, error.to_string()),
+        _ => Refusal::of(Code::Internal, error.to_string()),
+    })?;
     if container.id != session || container.runtime == Runtime::Process {
         return Err(gone());
     }
@@ -258,7 +266,8 @@ fn find(agent: &Agent, session: &str) -> Result<Container, Refusal> {
         .running()
         .map(|running| (running.pid, running.pid_start));
     match agent.inventory.process_of(session) {
-        Some(seen) if Some(seen) != own => Err(Refusal::of(
+        // One that has ended since is saved as it was then.
+        Some(seen) if own.is_some_and(|own| own != seen) => Err(Refusal::of(
             Code::ContainerGone,
             "the session was started anew since it was looked at",
         )),

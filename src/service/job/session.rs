@@ -1,4 +1,4 @@
-//! What an agent reports about its node: the running containers, and the state of the agent itself.
+//! What an agent reports about its node: the containers that run or have ended, and the state of the agent itself.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -30,12 +30,28 @@ pub enum Category {
     Gpu,
 }
 
-/// A running container that can be saved, with the properties that its node has verified.
+/// How a session ended whose container is still on disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SessionEnd {
+    /// When it ended: milliseconds since the epoch, UTC. If its runtime has not recorded it, when the agent noticed it;
+    /// absent if that is not known either.
+    pub at_ms: Option<i64>,
+    /// Exit code of its first process, 128 and the number of a signal if one ended it; absent if its runtime has not
+    /// recorded it.
+    pub exit_code: Option<i64>,
+    /// Whether it ended because its memory was used up, according to its runtime.
+    pub out_of_memory: bool,
+    /// Whether it is to be saved without being asked for.
+    #[serde(default)]
+    pub save: bool,
+}
+
+/// A container that can be saved, with the properties that its node has verified.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Session {
     /// Full ID of the container.
     pub id: String,
-    /// The node it runs on.
+    /// The node it runs on, or has run on.
     pub node: String,
     /// Owner by the site's ownership rule. If absent, the session has no owner and only administrators see it.
     pub owner: Option<String>,
@@ -56,8 +72,11 @@ pub struct Session {
     pub category: Category,
     /// Name of the image that the container was started from.
     pub image: Option<String>,
-    /// Start time: milliseconds since the epoch, UTC.
+    /// Start time: milliseconds since the epoch, UTC; 0 if it is not known.
     pub started_ms: i64,
+    /// How it ended; absent while it runs.
+    #[serde(default)]
+    pub ended: Option<SessionEnd>,
     /// Allocated size of the upper directory, in bytes.
     pub upper_bytes: Option<u64>,
     /// Number of entries in the upper directory.
@@ -142,4 +161,10 @@ pub struct Node {
     pub load: Load,
     /// Problems with reading the node's containers, as sentences.
     pub problems: Vec<String>,
+    /// Number of containers that have ended and are not among the sessions, because those ended later.
+    #[serde(default)]
+    pub ended_more: u64,
+    /// Changes whenever there are other sessions that are to be saved without being asked for; absent if there are none.
+    #[serde(default)]
+    pub to_save: Option<u64>,
 }

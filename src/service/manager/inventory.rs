@@ -1,7 +1,8 @@
 //! The nodes and sessions according to the latest heartbeats, cached so that the queue is queried at most once per
 //! second for all callers.
 
-use std::collections::{BTreeMap, HashMap};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use utoipa::IntoParams;
 
 use super::App;
 use super::access::Reach;
-use super::api::{NodeView, Nodes, SessionView, Sessions, Which};
+use super::api::{NodeView, Nodes, SessionEndView, SessionView, Sessions, Which};
 use super::auth::Caller;
 use super::extract::QueryParams;
 use super::paging::{Listed, MAX_LIMIT, PageQuery, cut, limit};
@@ -110,9 +111,26 @@ impl Inventory {
         {
             return Ok(sessions.clone());
         }
+        self.read_sessions(queue, &mut held).await
+    }
+
+    /// Returns the sessions as the queue has them now.
+    pub(super) async fn sessions_now(
+        &self,
+        queue: &Queue,
+    ) -> Result<Arc<Vec<Session>>, queue::Error> {
+        let mut held = self.sessions.lock().await;
+        self.read_sessions(queue, &mut held).await
+    }
+
+    async fn read_sessions(
+        &self,
+        queue: &Queue,
+        held: &mut Option<(Instant, Arc<Vec<Session>>)>,
+    ) -> Result<Arc<Vec<Session>>, queue::Error> {
         let told = queue.sessions().await?;
         let mut sessions = self.without_duplicates(told);
-        sessions.sort_by(|a, b| b.started_ms.cmp(&a.started_ms).then(a.id.cmp(&b.id)));
+        sessions.sort_by(|a, b| latest(a).cmp(&latest(b)).then(a.id.cmp(&b.id)));
         let sessions = Arc::new(sessions);
         *held = Some((Instant::now(), sessions.clone()));
         Ok(sessions)
@@ -158,6 +176,14 @@ impl Inventory {
         *held = Some((Instant::now(), nodes.clone()));
         Ok(nodes)
     }
+}
+
+/// Returns the place of a session in lists: those that run by their start, then those that have ended by their end, the
+/// latest first.
+fn latest(session: &Session) -> (bool, Reverse<i64>, Reverse<i64>) {
+    let ended = session.ended.as_ref();
+    let at_ms = ended.map_or(0, |end| end.at_ms.unwrap_or(0));
+    (ended.is_some(), Reverse(at_ms), Reverse(session.started_ms))
 }
 
 /// Returns the sessions for accepting a save: those of the queue or, while it does not answer, those that were kept in the
@@ -210,6 +236,12 @@ pub(super) fn suggested_tag(session: &Session, now_ms: i64) -> String {
     format!("{}-{}", stamp(now_ms), &end[..UNIQUE_END])
 }
 
+/// Returns the tag of a save that is made because the session ended.
+pub(super) fn ended_tag(session: &Session) -> String {
+    let at_ms = session.ended.as_ref().and_then(|end| end.at_ms);
+    format!("ended-{}", suggested_tag(session, at_ms.unwrap_or(0)))
+}
+
 /// Returns a tag like [`suggested_tag`], for a session that was saved within the same minute.
 pub(super) fn other_tag(now_ms: i64) -> String {
     format!("{}-{:08x}", stamp(now_ms), rand::random::<u32>())
@@ -255,7 +287,8 @@ pub(super) fn find_within<'a>(
             // An ID first, so that a name that looks like another session's ID does not hide it.
             let mut found = matching(&|s| s.id == *id);
             if found.is_empty() {
-                found = matching(&|s| s.pod.is_none() && s.container.as_ref() == Some(id));
+                let named = matching(&|s| s.pod.is_none() && s.container.as_ref() == Some(id));
+                found = current(named);
             }
             if found.is_empty() && id.len() >= MIN_PREFIX {
                 found = matching(&|s| s.id.starts_with(id.as_str()));
@@ -272,7 +305,7 @@ pub(super) fn find_within<'a>(
                     && s.pod.as_ref() == Some(pod)
                     && (container.is_none() || s.container == *container)
             };
-            let found: Vec<&Session> = sessions.iter().filter(mine).filter(is).collect();
+            let found = current(sessions.iter().filter(mine).filter(is).collect());
             if container.is_none() {
                 meant(found)?
             } else {
@@ -283,7 +316,7 @@ pub(super) fn find_within<'a>(
     match found.as_slice() {
         [one] => Ok(one),
         [] => Err(Refusal::not_found(format!(
-            "there is no such running session that you may save (of an ID, give at least {MIN_PREFIX} characters)"
+            "there is no such session that you may save (of an ID, give at least {MIN_PREFIX} characters)"
         ))),
         _ => {
             let names: Vec<_> = found.iter().map(|s| session_name(s)).collect();
@@ -293,6 +326,18 @@ pub(super) fn find_within<'a>(
             ))
         }
     }
+}
+
+/// Keeps those that run, or if none does, the last run of each container.
+fn current(mut found: Vec<&Session>) -> Vec<&Session> {
+    if found.iter().any(|session| session.ended.is_none()) {
+        found.retain(|session| session.ended.is_none());
+        return found;
+    }
+    found.sort_by_key(|session| latest(session));
+    let mut seen = HashSet::new();
+    found.retain(|session| session.pod.is_none() || seen.insert(&session.container));
+    found
 }
 
 /// Reduces the sessions of a pod that was named without a container to the one that is meant, if that is known.
@@ -313,7 +358,7 @@ fn meant(found: Vec<&Session>) -> Result<Vec<&Session>, Refusal> {
         Some(default) if !names.contains(&default) => Err(Refusal::invalid(
             "session",
             format!(
-                "the default container of this pod, {default:?} ({}), is not among the running ones that you may save; name \
+                "the default container of this pod, {default:?} ({}), is not among those that you may save; name \
                  another one: {}",
                 pod::DEFAULT_CONTAINER,
                 names.join(", ")
@@ -330,6 +375,8 @@ fn meant(found: Vec<&Session>) -> Result<Vec<&Session>, Refusal> {
 pub(super) struct SessionQuery {
     /// Only those of pods in this namespace.
     namespace: Option<String>,
+    /// Only those that run (`false`), or only those that have ended (`true`).
+    ended: Option<bool>,
     /// Maximum number of entries, 1 to 500.
     #[param(minimum = 1, maximum = 500)]
     limit: Option<u32>,
@@ -337,8 +384,8 @@ pub(super) struct SessionQuery {
     cursor: Option<String>,
 }
 
-/// Returns the running containers that the caller may save. Administrators see all of them; a user of a Kubernetes cluster,
-/// those in the namespaces where the cluster permits it.
+/// Returns the containers that the caller may save: those that run, and those that have ended and are still on disk.
+/// Administrators see all of them; a user of a Kubernetes cluster, those in the namespaces where the cluster permits it.
 #[utoipa::path(
     get, path = "/api/v1/sessions", tag = "sessions", params(SessionQuery),
     responses((status = 200, body = Sessions, description = "The sessions that the caller may save"), Refusal)
@@ -366,6 +413,9 @@ pub(super) async fn sessions(
     let asked_for = |session: &&Session| {
         let namespace = asked.namespace.as_ref();
         namespace.is_none_or(|asked| session.namespace.as_ref() == Some(asked))
+            && asked
+                .ended
+                .is_none_or(|ended| session.ended.is_some() == ended)
     };
     let all: Vec<&Session> = all.iter().filter(asked_for).collect();
     let reach = Reach::of(&app, &caller, all.iter().copied()).await?;
@@ -384,6 +434,12 @@ pub(super) async fn sessions(
             category: session.category,
             image: session.image.clone(),
             started: rfc3339(session.started_ms),
+            ended: session.ended.as_ref().map(|end| SessionEndView {
+                at: end.at_ms.map(rfc3339),
+                exit_code: end.exit_code,
+                out_of_memory: end.out_of_memory,
+                save: end.save,
+            }),
             upper_bytes: session.upper_bytes,
             upper_entries: session.upper_entries,
             next: session.next.clone(),
@@ -421,7 +477,9 @@ pub(super) async fn nodes(
     let sessions = app.inventory.sessions(&app.queue).await?;
     let mut sessions_on = BTreeMap::<&str, u64>::new();
     for session in sessions.iter() {
-        *sessions_on.entry(&session.node).or_default() += 1;
+        if session.ended.is_none() {
+            *sessions_on.entry(&session.node).or_default() += 1;
+        }
     }
     let waiting = app.record.waiting_by_node().await?;
     let ago =
@@ -441,6 +499,7 @@ pub(super) async fn nodes(
             waiting: waiting.get(&node.name).copied().unwrap_or(0),
             load: node.load.clone(),
             problems: node.problems.clone(),
+            ended_more: node.ended_more,
         })
         .collect();
     let (nodes, next) = cut(nodes, asked.cursor.as_deref(), limit, |node| {
@@ -510,6 +569,14 @@ mod tests {
         let tag = |id| suggested_tag(&session(id, None, None), 1_764_000_000_123);
         let (one, two) = (tag("ab"), tag("cd"));
         assert_ne!(one, two);
+        let ended = Session {
+            ended: Some(crate::service::job::SessionEnd {
+                at_ms: Some(1_764_000_000_123),
+                ..Default::default()
+            }),
+            ..session("ab", None, None)
+        };
+        assert_eq!(ended_tag(&ended), format!("ended-{one}"));
         for tag in [one, two, other_tag(1_764_000_000_123)] {
             assert!(tag.starts_with("20251124-1600-"), "{tag}");
             assert!(crate::common::reference::check_tag(&tag).is_ok(), "{tag}");

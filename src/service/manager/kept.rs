@@ -25,7 +25,7 @@ fn digest(sessions: &[Session]) -> [u8; 32] {
         hash.update(&session.id);
         hash.update([0]);
         hash.update(session.owner.as_deref().unwrap_or_default());
-        hash.update([0]);
+        hash.update([0, u8::from(session.ended.is_some())]);
     }
     hash.finalize().into()
 }

@@ -191,10 +191,8 @@ pub(super) async fn accept(
     body: SaveRequest,
 ) -> Result<Save, Refusal> {
     let request = idempotency(headers, caller, &body)?;
-    let message = body.message.filter(|message| !message.is_empty());
-    check_message("message", message.as_deref())?;
+    check_message("message", body.message.as_deref())?;
     check_options(&body.options)?;
-    let now = now_ms();
     if let Some(request) = &request
         && let Some(save) = app.record.repeated(request).await?
     {
@@ -206,6 +204,30 @@ pub(super) async fn accept(
         Some(reach) => find_within(&sessions, caller, reach, &body.session)?,
         None => find(app, &sessions, caller, &body.session).await?,
     };
+    match accept_of(app, caller, session, request, headers, body).await? {
+        Accepted::New(save) => Ok(*save),
+        Accepted::Repeated(save) => repeated(caller, reach, *save),
+    }
+}
+
+/// A save that was accepted.
+pub(super) enum Accepted {
+    /// Now.
+    New(Box<Save>),
+    /// Before, by a request with the same key.
+    Repeated(Box<Save>),
+}
+
+/// Accepts a save of a session that `caller` may save. The message and the options in `body` have been checked.
+pub(super) async fn accept_of(
+    app: &App,
+    caller: &Caller,
+    session: &Session,
+    request: Option<Request>,
+    headers: &HeaderMap,
+    body: SaveRequest,
+) -> Result<Accepted, Refusal> {
+    let now = now_ms();
     check_replace(caller, session, &body.replace)?;
     let user = match (&session.owner, &caller.user) {
         (Some(owner), _) => owner.clone(),
@@ -240,7 +262,7 @@ pub(super) async fn accept(
         name,
         tag,
         destination,
-        message,
+        message: body.message.filter(|message| !message.is_empty()),
         options: body.options,
         replaces,
         notify,
@@ -286,9 +308,9 @@ pub(super) async fn accept(
             app.metrics.accepted();
             app.hub.begun(&save);
             app.outbox_wake.notify_one();
-            Ok(*save)
+            Ok(Accepted::New(save))
         }
-        Submitted::Repeated(save) => repeated(caller, reach, *save),
+        Submitted::Repeated(save) => Ok(Accepted::Repeated(save)),
         Submitted::OtherRequest => Err(Refusal::invalid(
             "Idempotency-Key",
             "this key was used for another request",

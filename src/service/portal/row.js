@@ -106,6 +106,12 @@ function brief(save, seen) {
   return (save.image?.state ?? "tagged") === "tagged" ? reference(save.target) : null;
 }
 
+/** When and why a session ended. */
+function ending(end) {
+  const key = end.out_of_memory ? "ended.memory" : typeof end.exit_code === "number" ? "ended.code" : "ended.bare";
+  return element("strong", {}, sentence(key, { time: end.at ? when(end.at) : t("ended.before"), code: end.exit_code }));
+}
+
 /** The row of a session. */
 export function row(first, me, signal) {
   let session = first;
@@ -123,7 +129,7 @@ export function row(first, me, signal) {
   const toggle = (open = panel.hidden) => {
     panel.hidden = !open;
     opener.setAttribute("aria-expanded", String(open));
-    ending();
+    came();
   };
   const form = saveForm(id, () => toggle(true), me, signal);
   const button = element("button", { class: "main", form: `${id}-form` }, t("save"));
@@ -196,7 +202,7 @@ export function row(first, me, signal) {
   again.addEventListener("click", () => press(again, { name: save.name, tag: save.tag }, { replace: "own" }));
 
   /** What came of the last save: all of it in an open row. */
-  const ending = () => {
+  const came = () => {
     if (!save || !over(save)) return fill(last);
     if (panel.hidden) return fill(last, brief(save, seen === save.id));
     fill(last, save.state === "failed" && since(save.finished ?? save.created) > DAY ? failure(save) : outcome(save));
@@ -222,7 +228,7 @@ export function row(first, me, signal) {
     again.hidden = open || !(save?.state === "succeeded" && (save.image?.state ?? "tagged") === "tagged" && !SUGGESTED.test(save.tag));
     if (!again.hidden) fill(again, t("save.again", { image: imageOf(save) }));
     fill(state, save && !open ? [verdict(save), " ", when(save.finished ?? save.created)] : "");
-    ending();
+    came();
     if (open && here) shown.bar.focus();
     if (hadFocus && !open) look(last.hasChildNodes() ? last : opener);
   };
@@ -231,10 +237,11 @@ export function row(first, me, signal) {
     session = now;
     block.session = now;
     const owner = me.administrator && now.owner !== me.user ? (now.owner ? named(now.owner) : t("owner.none")) : null;
-    fill(about, [now.image ? element("code", { title: now.image }, named(short(now.image))) : null, named(now.node), owner]
+    fill(about, [now.ended && ending(now.ended), now.image ? element("code", { title: now.image }, named(short(now.image))) : null, named(now.node), owner]
       .filter(Boolean).map((part) => element("span", {}, part)));
     fill(size, typeof now.upper_bytes === "number" ? t("session.size", { size: bytes(now.upper_bytes) }) : "");
-    fill(meta, sentence(now.image ? "session.meta" : "session.meta.bare", {
+    const place = now.ended ? "session.meta.ended" : now.image ? "session.meta" : "session.meta.bare";
+    fill(meta, sentence(place, {
       node: named(now.node), runtime: now.runtime, time: duration(since(now.started)), image: now.image ? element("code", {}, named(now.image)) : "",
     }));
     fill(told, facts([t("fact.next"), amount(now, saves)], [t("fact.unsaved"), outside(now)],

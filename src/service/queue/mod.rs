@@ -220,6 +220,7 @@ fn truncated_session(session: &Session) -> Cow<'_, Session> {
         kind: session.kind,
         category: session.category,
         started_ms: session.started_ms,
+        ended: session.ended.clone(),
         upper_bytes: session.upper_bytes,
         upper_entries: session.upper_entries,
         next: session.next.clone(),

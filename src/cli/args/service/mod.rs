@@ -224,6 +224,10 @@ pub(in crate::cli) struct Work {
     /// pattern's group is the user
     #[arg(long, value_name = "RULE", help_heading = WORK)]
     pub(in crate::cli) owner: Option<String>,
+    /// Save sessions when they end: never, failure (exit code other than 0, or out of memory) or always; the annotation or
+    /// label upperdeck.io/save-on-end of a pod says otherwise for it
+    #[arg(long, value_name = "WHEN", value_parser = ["never", "failure", "always"], default_value = "never", help_heading = WORK)]
+    pub(in crate::cli) save_ended: String,
     /// Volumes that may be saved with a session: /PATH on the node or TYPE:SOURCE, with {user} for the session's owner;
     /// may be repeated [default: none]
     #[arg(long, value_name = "PATTERN", help_heading = WORK)]

@@ -30,7 +30,7 @@ pub(super) fn run(args: Kubectl, verbose: bool) -> anyhow::Result<()> {
             let namespace = (!asked.all_namespaces).then_some(("namespace", connection.namespace));
             let query: Vec<_> = namespace.into_iter().collect();
             let found: Sessions = client.get("sessions", &query).await?;
-            print(asked.format, found.sessions.as_slice(), job::sessions_table)
+            print(asked.format, found.sessions.as_slice(), job::sessions_now)
         }),
         KubectlVerb::Ls(asked) => job::until_signal(async || {
             let (client, _) = Connection::to_manager(cluster).await?;

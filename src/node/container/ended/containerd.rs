@@ -159,6 +159,7 @@ fn end(status: &Status) -> End {
         exit_code: at.map(|_| status.exit_code),
         out_of_memory: status.reason == "OOMKilled",
         at,
+        started: nanoseconds(status.started_at).filter(|_| status.started_at > 0),
         never_started: status.started_at == 0 && at.is_none(),
         unnoticed: None,
     }

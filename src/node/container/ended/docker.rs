@@ -99,6 +99,7 @@ fn record(roots: &Roots, root: &Path, directory: &Path, config: Config2) -> Ende
         exit_code: at.filter(|_| state.pid == 0).map(|_| state.exit_code),
         out_of_memory: state.oom_killed && state.pid == 0,
         at: at.filter(|_| state.pid == 0),
+        started: go_time(&state.started_at),
         never_started: !started,
         unnoticed: Some(state.pid).filter(|&pid| pid != 0),
     };
@@ -126,7 +127,16 @@ fn record(roots: &Roots, root: &Path, directory: &Path, config: Config2) -> Ende
         mounts: mounts(&config, &host.unwrap_or_default()),
         image_name: Some(config.config.image).filter(|image| !image.is_empty()),
         runtime_root_mode: None,
-        spec: Spec::default(),
+        // What the engine adds at a start is not on record.
+        spec: Spec {
+            args: [config.path.clone()]
+                .into_iter()
+                .filter(|path| !path.is_empty())
+                .chain(config.args.clone().unwrap_or_default())
+                .collect(),
+            env: config.config.env.clone().unwrap_or_default(),
+            ..Spec::default()
+        },
         id: config.id,
     }
 }

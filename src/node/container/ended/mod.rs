@@ -35,6 +35,8 @@ pub struct End {
     pub out_of_memory: bool,
     /// When it ended.
     pub at: Option<jiff::Timestamp>,
+    /// When its first process was started last. Together with the ID it names one run of the container.
+    pub started: Option<jiff::Timestamp>,
     /// Whether it was created and never started.
     pub never_started: bool,
     /// The process that its runtime still records as running, although it is gone.
@@ -42,6 +44,11 @@ pub struct End {
 }
 
 impl End {
+    /// Returns whether its runtime has recorded that it ended, and is not yet to find out.
+    pub fn is_recorded(&self) -> bool {
+        self.at.is_some() && self.unnoticed.is_none()
+    }
+
     /// Returns what is known of it in brackets, after a space; empty if nothing is known.
     pub(crate) fn in_brackets(&self) -> String {
         match self.to_string() {
@@ -80,6 +87,17 @@ pub struct Ended {
     pub end: End,
     /// Device and inode numbers of its upper directory and its lower directories.
     directories: Vec<(u64, u64)>,
+}
+
+impl Ended {
+    /// Returns the life of a container that ended so, for tests that read no files of it.
+    #[cfg(test)]
+    pub(crate) fn of(end: End) -> Self {
+        Self {
+            end,
+            directories: Vec::new(),
+        }
+    }
 }
 
 /// A container without processes according to a runtime's files. Paths are those of the node, without the host root.

@@ -34,6 +34,7 @@ const REMOVING: i64 = 7;
 struct PodmanState {
     state: i64,
     exit_code: i64,
+    started_time: String,
     finished_time: String,
     oom_killed: bool,
     pid: i64,
@@ -43,6 +44,7 @@ struct PodmanState {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 struct CrioState {
+    started: String,
     finished: String,
     exit_code: Option<i64>,
     oom_killed: bool,
@@ -245,6 +247,7 @@ impl Store<'_> {
             exit_code: at.map(|_| podman.exit_code),
             out_of_memory: podman.oom_killed,
             at,
+            started: go_time(&podman.started_time),
             unnoticed,
             ..End::default()
         }
@@ -258,6 +261,7 @@ impl Store<'_> {
             exit_code: state.exit_code.filter(|_| at.is_some()),
             out_of_memory: state.oom_killed,
             at,
+            started: go_time(&state.started),
             ..End::default()
         }
     }

@@ -23,7 +23,8 @@ use crate::service::job::{
 /// `GET /api/v1/sessions`: the sessions that the caller may save.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Sessions {
-    /// Sorted by start time, the latest first.
+    /// Those that run, sorted by start time, then those that have ended, sorted by the time of their end; each the latest
+    /// first.
     pub sessions: Vec<SessionView>,
     /// Value of `cursor` for the next page; absent on the last page.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -35,7 +36,7 @@ pub struct Sessions {
 pub struct SessionView {
     /// Full ID of the container; the value of `session` in `POST /api/v1/saves`.
     pub id: String,
-    /// Node on which it runs.
+    /// Node on which it runs, or has run.
     pub node: String,
     /// Owner by the site's ownership rule. If absent, it has no owner and only administrators see it.
     pub owner: Option<String>,
@@ -53,9 +54,12 @@ pub struct SessionView {
     pub category: Category,
     /// Image that it was started from.
     pub image: Option<String>,
-    /// Start time.
+    /// Start time; the epoch if it is not known, which occurs only after a session has ended.
     #[schema(format = DateTime)]
     pub started: String,
+    /// How it ended; absent while it runs. A session that has ended can be saved as long as its node keeps its files.
+    #[serde(default)]
+    pub ended: Option<SessionEndView>,
     /// Allocated size of its changes in bytes.
     pub upper_bytes: Option<u64>,
     /// Number of entries in its changes.
@@ -74,6 +78,21 @@ pub struct SessionView {
     pub suggested_tag: String,
     /// The open save of this session.
     pub save: Option<JobId>,
+}
+
+/// How a session ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SessionEndView {
+    /// When it ended, if that is known.
+    #[schema(format = DateTime)]
+    pub at: Option<String>,
+    /// Exit code of its first process, 128 and the number of a signal if one ended it; absent if its runtime has not
+    /// recorded it.
+    pub exit_code: Option<i64>,
+    /// Whether it ended because its memory was used up, according to its runtime.
+    pub out_of_memory: bool,
+    /// Whether it is saved without being asked for.
+    pub save: bool,
 }
 
 /// Selects a session by its ID, its name or its pod.
@@ -433,7 +452,7 @@ pub struct NodeView {
     pub alive: bool,
     /// Whether the agent is draining, i.e. takes no more jobs.
     pub draining: bool,
-    /// Number of sessions.
+    /// Number of sessions that run.
     pub sessions: u64,
     /// Running jobs.
     pub running: Vec<JobId>,
@@ -443,6 +462,9 @@ pub struct NodeView {
     pub load: Load,
     /// Problems of the agent with reading the node's containers.
     pub problems: Vec<String>,
+    /// Number of containers that have ended and are not listed, because others ended later.
+    #[serde(default)]
+    pub ended_more: u64,
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! The background work of a manager: applies reports of agents (`reports`), answers their questions (`questions`), executes
-//! requests to the queue (`outbox`), compares the record with the queue (`reconcile`), and deletes old data. Several
+//! requests to the queue (`outbox`), asks for saves of sessions that have ended (`ended`), compares the record with the queue (`reconcile`), and deletes old data. Several
 //! managers do this at the same time, because every change is written only over the version that it is based on.
 
+mod ended;
 mod notices;
 mod outbox;
 mod questions;
@@ -47,6 +48,7 @@ pub(super) async fn run(app: App) {
         reconcile(&app),
         watch_record(&app),
         questions::answer(&app),
+        ended::save_ended(&app),
         run_periodically(&app, "forget", FORGET_EVERY, false, || delete_old_saves(
             &app
         )),
