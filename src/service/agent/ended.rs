@@ -22,6 +22,8 @@ const MAX_ENDED: usize = 200;
 const READ_EVERY: Duration = Duration::from_secs(60);
 /// Time for a runtime to record an end that was noticed. Without CRI, containerd never does.
 const SETTLE: Duration = Duration::from_secs(5);
+/// Time after that for one more reading.
+const LAST_LOOK: Duration = Duration::from_secs(2);
 
 /// Label or annotation of a pod with a [`SaveEnded`] for its sessions.
 const SAVE_ON_END: &str = "upperdeck.io/save-on-end";
@@ -139,7 +141,7 @@ impl EndedSessions {
             known.any(|known| known.session.id == *id && known.recorded)
         };
         let mut noticed = self.noticed.iter();
-        noticed.any(|(id, noticed)| noticed.at.elapsed() < SETTLE && !recorded(id))
+        noticed.any(|(id, noticed)| noticed.at.elapsed() < SETTLE + LAST_LOOK && !recorded(id))
     }
 
     /// Stores what was read from the records.

@@ -29,7 +29,7 @@ use tokio::task::JoinSet;
 
 use crate::common::message::count;
 use crate::node::background::cpu_limit;
-use crate::service::job::{JobId, Load, Node, Order, now_ms};
+use crate::service::job::{JobId, Load, Node, Order, Session, now_ms};
 use crate::service::queue::{self, Claim, Queue};
 use crate::service::ready;
 
@@ -191,7 +191,8 @@ pub async fn run(options: Options, queue: Queue, cancel: CancellationToken) -> R
     inspection_task.abort();
     heartbeat_task.abort();
     // A manager otherwise notices by the silence.
-    let _ = agent.send_heartbeat(true, false).await;
+    let (sessions, _) = agent.inventory.snapshot();
+    let _ = agent.send_heartbeat(true, &sessions, false).await;
     drop(over_on_return);
     if let Some(task) = health_task {
         let _ = tokio::time::timeout(LAST_ANSWERS, task).await;
@@ -388,7 +389,7 @@ impl Agent {
 
     /// Sends heartbeats until the task is aborted.
     async fn heartbeat_loop(self: Arc<Self>) {
-        let mut told: Option<(Vec<crate::service::job::Session>, Instant)> = None;
+        let mut told: Option<(Vec<Session>, Instant)> = None;
         let mut failed = false;
         // The first heartbeat would otherwise be without the sessions.
         let _ = tokio::time::timeout(CALL_TIMEOUT, self.listed.cancelled()).await;
@@ -399,7 +400,7 @@ impl Agent {
                 .is_none_or(|(last, at)| *last != sessions || at.elapsed() >= SESSIONS_EVERY);
             let begun = Instant::now();
             let sent = self
-                .send_heartbeat(self.cancel.is_cancelled(), changed)
+                .send_heartbeat(self.cancel.is_cancelled(), &sessions, changed)
                 .await;
             self.findings.heartbeat(sent.is_ok());
             self.metrics.heartbeat(begun.elapsed());
@@ -428,13 +429,14 @@ impl Agent {
         }
     }
 
-    /// Sends one heartbeat.
+    /// Sends one heartbeat about `sessions`, which it contains if they have `changed`.
     async fn send_heartbeat(
         &self,
         draining: bool,
-        with_sessions: bool,
+        sessions: &[Session],
+        changed: bool,
     ) -> Result<(), queue::Error> {
-        let (sessions, mut problems) = self.inventory.snapshot();
+        let (_, mut problems) = self.inventory.snapshot();
         problems.splice(0..0, self.stuck.problems());
         let mut running: Vec<JobId> = self.running().keys().copied().collect();
         running.sort_unstable();
@@ -455,9 +457,9 @@ impl Agent {
             load,
             problems,
             ended_more: self.inventory.ended_more(),
-            to_save: ended::mark(&sessions),
+            to_save: ended::mark(sessions),
         };
-        let sessions = with_sessions.then_some(sessions.as_slice());
+        let sessions = changed.then_some(sessions);
         call(
             &self.queue,
             self.queue.heartbeat(&node, sessions),

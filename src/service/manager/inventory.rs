@@ -236,12 +236,6 @@ pub(super) fn suggested_tag(session: &Session, now_ms: i64) -> String {
     format!("{}-{}", stamp(now_ms), &end[..UNIQUE_END])
 }
 
-/// Returns the tag of a save that is made because the session ended.
-pub(super) fn ended_tag(session: &Session) -> String {
-    let at_ms = session.ended.as_ref().and_then(|end| end.at_ms);
-    format!("ended-{}", suggested_tag(session, at_ms.unwrap_or(0)))
-}
-
 /// Returns a tag like [`suggested_tag`], for a session that was saved within the same minute.
 pub(super) fn other_tag(now_ms: i64) -> String {
     format!("{}-{:08x}", stamp(now_ms), rand::random::<u32>())
@@ -569,14 +563,6 @@ mod tests {
         let tag = |id| suggested_tag(&session(id, None, None), 1_764_000_000_123);
         let (one, two) = (tag("ab"), tag("cd"));
         assert_ne!(one, two);
-        let ended = Session {
-            ended: Some(crate::service::job::SessionEnd {
-                at_ms: Some(1_764_000_000_123),
-                ..Default::default()
-            }),
-            ..session("ab", None, None)
-        };
-        assert_eq!(ended_tag(&ended), format!("ended-{one}"));
         for tag in [one, two, other_tag(1_764_000_000_123)] {
             assert!(tag.starts_with("20251124-1600-"), "{tag}");
             assert!(crate::common::reference::check_tag(&tag).is_ok(), "{tag}");

@@ -14,7 +14,7 @@ use crate::service::job::{SaveOptions, Session, now_ms};
 use crate::service::manager::App;
 use crate::service::manager::api::{ImageName, Replace, SaveRequest, Which};
 use crate::service::manager::auth::{Caller, Via};
-use crate::service::manager::inventory::ended_tag;
+use crate::service::manager::inventory::suggested_tag;
 use crate::service::manager::refusal::Refusal;
 use crate::service::manager::saves::accept_of;
 use crate::service::record::Request;
@@ -23,6 +23,8 @@ use crate::service::record::Request;
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Delay before a refused save is asked for again, which doubles with each time, and its maximum.
 const RETRY: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(300));
+/// Maximum age of an end. The record keeps the keys of requests for a day longer.
+const MAX_AGE: Duration = Duration::from_secs(6 * 24 * 3600);
 /// The caller of these saves in the record and the audit log.
 const CALLER: &str = "upperdeck:ended";
 
@@ -71,9 +73,14 @@ async fn round(app: &App, handled: &mut HashMap<String, Handled>) -> Result<(), 
     // After the heartbeats, so that what they speak of is among them.
     let sessions = app.inventory.sessions_now(&app.queue).await?;
     for (node, (mark, pause)) in due {
-        let mut refused = false;
-        for session in sessions.iter().filter(|session| session.node == node) {
-            if is_wanted(app, session) {
+        let wanted = |session: &&Session| {
+            session.node == node && session.ended.as_ref().is_some_and(|end| end.save)
+        };
+        let mut wanted = sessions.iter().filter(wanted).peekable();
+        // A queue that lost its data may have the heartbeat before the sessions.
+        let mut refused = wanted.peek().is_none();
+        for session in wanted {
+            if is_recent(app, session) {
                 refused |= !save(app, session).await;
             }
         }
@@ -84,15 +91,14 @@ async fn round(app: &App, handled: &mut HashMap<String, Handled>) -> Result<(), 
     Ok(())
 }
 
-/// Returns whether a session is to be saved and ended within the time for which an order may wait. The record knows keys
-/// for longer than that.
-fn is_wanted(app: &App, session: &Session) -> bool {
-    let ended = session.ended.as_ref().filter(|end| end.save);
-    let Some(at_ms) = ended.and_then(|end| end.at_ms) else {
+/// Returns whether a session ended within the time for which an order may wait.
+fn is_recent(app: &App, session: &Session) -> bool {
+    let Some(at_ms) = session.ended.as_ref().and_then(|end| end.at_ms) else {
         return false;
     };
     let age = now_ms().saturating_sub(at_ms);
-    u128::try_from(age).unwrap_or(0) < app.options.order_expiry.as_millis()
+    let most = app.options.order_expiry.min(MAX_AGE);
+    u128::try_from(age).unwrap_or(0) < most.as_millis()
 }
 
 /// Asks for the save of a session. Returns whether it is accepted, now or before.
@@ -130,7 +136,7 @@ async fn submit(app: &App, session: &Session) -> Result<(), Refusal> {
         email: None,
         subject: None,
     };
-    let tag = ended_tag(session);
+    let tag = tag(session);
     // An image may have this tag by chance, or from before the record was lost.
     let other = format!("{tag}-{:08x}", rand::random::<u32>());
     let ask = async |tag| {
@@ -143,6 +149,12 @@ async fn submit(app: &App, session: &Session) -> Result<(), Refusal> {
         accepted => accepted?,
     };
     Ok(())
+}
+
+/// Returns the tag of a save that is made because the session ended.
+fn tag(session: &Session) -> String {
+    let at_ms = session.ended.as_ref().and_then(|end| end.at_ms);
+    format!("ended-{}", suggested_tag(session, at_ms.unwrap_or(0)))
 }
 
 fn body(session: &Session, tag: String) -> SaveRequest {

@@ -56,7 +56,7 @@ export default {
   "ended.memory": "ended {time}: out of memory",
   "ended.code": "ended {time}: exit code {code}",
   "ended.bare": "ended {time}",
-  "ended.before": "before",
+  "ended.before": "some time ago",
   "fact.problem": "Note",
   "fact.next": "To save now",
   "fact.unsaved": "Not saved",
