@@ -116,7 +116,7 @@ async fn a_session_is_saved_by_itself_once_for_each_end() -> Outcomes {
         old,
         session(5, Some("alice")),
     ];
-    let with = |one: &Session| [&[one.clone()], &others[..]].concat();
+    let with = |one: &Session| [std::slice::from_ref(one), &others[..]].concat();
     agent.heartbeat(&with(&mine)).await?;
     let at = manager.address;
     let all = |n: usize| {

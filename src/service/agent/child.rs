@@ -86,13 +86,14 @@ fn title(destination: &str) -> Option<&str> {
 }
 
 /// Returns the arguments for `commit`. Values that users chose are complete arguments of the form `--flag=value` or
-/// come after `--`, so that none can be taken for another flag.
+/// come after `--`, so that none can be taken for another flag. `ended` is whether the session has ended.
 pub(super) fn arguments(
     options: &Options,
     spool: &Spool,
     order: &Order,
     threads: u32,
     harbor_labels: &[&str],
+    ended: bool,
 ) -> Vec<OsString> {
     let mut all: Vec<OsString> = roots_flags(&options.roots);
     let flag = |name: &str, value: &dyn AsRef<std::ffi::OsStr>| {
@@ -117,7 +118,11 @@ pub(super) fn arguments(
         options.state_dir.as_ref().unwrap_or(&nowhere),
     ));
     all.push(format!("--jobs={threads}").into());
-    all.extend(background_flags(options));
+    // What has ended may be removed at any moment, so that its save does not wait for free cores. The session no longer
+    // needs those that it had.
+    if !ended {
+        all.extend(background_flags(options));
+    }
     all.extend(memory_flags(options, &save_group(order.job)));
     if let Some(pause) = options.max_pause {
         all.push(format!("--max-pause={}ms", pause.as_millis().max(1)).into());
@@ -589,7 +594,12 @@ mod tests {
         order.message = Some("--full\n-x".to_owned());
         order.options.labels = [("--creds".to_owned(), "a:b=c".to_owned())].into();
         order.options.exclude = vec!["-rf".to_owned(), "--".to_owned()];
-        let all = arguments(&options, &spool, &order, 3, &["jupyter", "gpu"]);
+        let in_background = |ended| {
+            let all = arguments(&options, &spool, &order, 3, &[], ended);
+            all.iter().any(|word| word == "--background")
+        };
+        assert!(in_background(false) && !in_background(true));
+        let all = arguments(&options, &spool, &order, 3, &["jupyter", "gpu"], false);
         let all: Vec<&str> = all.iter().filter_map(|word| word.to_str()).collect();
         let metadata = format!(
             "--metadata-file={}/running/{}.metadata",

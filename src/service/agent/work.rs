@@ -296,9 +296,10 @@ async fn attempt(
 ) -> AttemptEnd {
     let threads = agent.threads_for(order.job);
     // A session that has ended meanwhile is reported by the save itself.
-    let labels = find(agent, &order.session).map(|container| kind::labels(&container));
-    let labels = labels.unwrap_or_default();
-    let arguments = child::arguments(&agent.options, &agent.spool, order, threads, &labels);
+    let container = find(agent, &order.session).ok();
+    let labels = container.as_ref().map(kind::labels).unwrap_or_default();
+    let ended = container.is_some_and(|container| container.ended().is_some());
+    let arguments = child::arguments(&agent.options, &agent.spool, order, threads, &labels, ended);
     let begun = Instant::now();
     let mut child = match Child::spawn(&agent.options, order.job, &arguments) {
         Ok(child) => child,
