@@ -27,18 +27,10 @@ const BY_NAME: u8 = 1;
 /// Time within which the records of a container that is started or stopped agree with its processes.
 const SETTLED_WITHIN: Duration = Duration::from_secs(1);
 
-/// Everything on this node that runs with an overlay as its root.
-#[derive(Clone, Debug, Default)]
-pub struct Listing {
-    /// Containers, sorted by namespace, pod and name.
-    pub containers: Vec<Container>,
-    /// Pause containers of pods, which are never saved.
-    pub sandboxes: Vec<Container>,
-    /// State that could not be read, and running containers that cannot be saved.
-    pub problems: Vec<Problem>,
-}
-
-fn recorded_containers(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<RecordedContainer> {
+pub(super) fn recorded_containers(
+    roots: &Roots,
+    problems: &mut Vec<Problem>,
+) -> Vec<RecordedContainer> {
     let roots = &roots.believed(problems);
     let mut drafts = docker::recorded_containers(roots, problems);
     drafts.extend(storage::recorded_containers(roots, problems));
@@ -60,82 +52,8 @@ fn recorded_containers(roots: &Roots, problems: &mut Vec<Problem>) -> Vec<Record
     drafts
 }
 
-/// Lists all running containers on this node, with the problems encountered.
-pub fn list(roots: &Roots) -> Listing {
-    let mut listing = Listing::default();
-    let tables = Tables::default();
-    for draft in recorded_containers(roots, &mut listing.problems) {
-        let process = first_process(roots, &draft, process::LIST_LIMITS);
-        let result = process.and_then(|process| {
-            process
-                .map(|p| assemble(roots, &tables, &draft, &p))
-                .transpose()
-        });
-        match result {
-            Ok(Some(container)) if draft.sandbox => listing.sandboxes.push(container),
-            Ok(Some(container)) => listing.containers.push(container),
-            // The container has ended.
-            Ok(None) => {}
-            Err(error) => listing.problems.push(error.into_problem(&draft.state)),
-        }
-    }
-    listing.containers.sort_by_cached_key(sort_key);
-    listing.sandboxes.sort_by_cached_key(sort_key);
-    listing
-}
-
-/// Containers that have ended, or were never started, and are still on disk.
-#[derive(Clone, Debug, Default)]
-pub struct EndedListing {
-    /// Containers, sorted by namespace, pod and name.
-    pub containers: Vec<Container>,
-    /// Those that cannot be saved.
-    pub problems: Vec<Problem>,
-    /// Number of those that were not looked at.
-    pub more: usize,
-}
-
-/// Lists the containers that have ended and are still on disk, with `created` also those that were never started: `most`
-/// of them, those that ended last. Pause containers are left out.
-pub fn list_ended(roots: &Roots, created: bool, most: usize) -> EndedListing {
-    let drafts = recorded_containers(roots, &mut Vec::new());
-    let mut records = ended_records(roots, &drafts);
-    records.retain(|record| !record.sandbox && (created || !record.end.never_started));
-    // One whose end is not on record yet has ended just now.
-    records.sort_by_key(|record| {
-        (
-            record.end.unnoticed.is_none(),
-            std::cmp::Reverse(record.end.at),
-        )
-    });
-    let mut listing = EndedListing {
-        more: records.len().saturating_sub(most),
-        ..EndedListing::default()
-    };
-    let tables = Tables::default();
-    for record in records.iter().take(most) {
-        match ended::assemble(roots, &tables, record) {
-            Ok(container) => listing.containers.push(container),
-            // It was removed, or started, after it was listed.
-            Err(error) if error.is_not_found() || matches!(error, Error::StartedAgain { .. }) => {}
-            Err(error) => listing.problems.push(error.into_problem(&record.state)),
-        }
-    }
-    listing.containers.sort_by_cached_key(sort_key);
-    listing
-}
-
-fn sort_key(container: &Container) -> (Option<String>, Option<(String, String)>, Vec<String>) {
-    let pod = container.pod.clone();
-    (
-        container.namespace.clone(),
-        pod.map(|pod| (pod.namespace, pod.name)),
-        container.names.clone(),
-    )
-}
-
 /// Lists the containers on disk that have no process.
-fn ended_records(roots: &Roots, drafts: &[RecordedContainer]) -> Vec<EndedRecord> {
+pub(super) fn ended_records(roots: &Roots, drafts: &[RecordedContainer]) -> Vec<EndedRecord> {
     let mut records = ended::records(roots);
     // A container whose process cannot be read, or is in another PID namespace, is not known to have ended.
     let sees_all = process::shows_initial_namespace(roots);
@@ -165,7 +83,7 @@ fn ended_records(roots: &Roots, drafts: &[RecordedContainer]) -> Vec<EndedRecord
 
 /// Reads the first process of a container. Returns `None` if it has ended, also if its number is that of another process
 /// by now.
-fn first_process(
+pub(super) fn first_process(
     roots: &Roots,
     draft: &RecordedContainer,
     limits: process::MountLimits,
@@ -698,7 +616,7 @@ fn find_process(
     })
 }
 
-fn assemble(
+pub(super) fn assemble(
     roots: &Roots,
     tables: &Tables,
     draft: &RecordedContainer,

@@ -22,6 +22,7 @@ mod ended;
 mod error;
 mod image;
 mod layer_check;
+mod listing;
 mod mount_tables;
 mod pattern;
 mod process;
@@ -33,11 +34,10 @@ mod storage;
 mod table;
 mod volume;
 
-pub use discovery::{
-    Attempt, EndedListing, Listing, find, find_any, list, list_ended, of_pod, recheck,
-};
+pub use discovery::{Attempt, find, find_any, of_pod, recheck};
 pub use ended::{End, Ended};
 pub use error::{Error, Problem};
+pub use listing::{EndedListing, Listing, list, list_ended};
 pub use pattern::{Pattern, PatternError};
 pub use records::is_initial_user_namespace;
 pub use roots::{ContainerdRoot, Roots, StorageRoot};
