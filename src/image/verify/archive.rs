@@ -63,7 +63,7 @@ pub enum ArchiveError {
 
 impl ArchiveError {
     /// Creates an error about the entry named `path`.
-    pub(super) fn entry(path: &[u8], reason: impl Into<String>) -> Self {
+    pub(crate) fn entry(path: &[u8], reason: impl Into<String>) -> Self {
         Self::Entry {
             path: vis::encode(path),
             reason: reason.into(),
