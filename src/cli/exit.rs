@@ -14,7 +14,7 @@ pub(crate) enum Exit {
     Failed = 1,
     /// The command line is invalid.
     Usage = 2,
-    /// The container does not exist, ended during the save, or was removed.
+    /// The container does not exist, ended during the save, or was removed; or an image does not have the path.
     NoContainer = 66,
     /// The base image could not be proven or is not available.
     Base = 69,
@@ -34,7 +34,7 @@ impl Exit {
         (Self::Usage, "usage: the command line is wrong"),
         (
             Self::NoContainer,
-            "no such container, it ended during the save, or it was removed while it was read",
+            "no such container, it ended during the save, or it was removed while it was read; no such path in the image",
         ),
         (Self::Base, "base image or root unproven, or unavailable"),
         (

@@ -7,9 +7,11 @@ use crate::bench;
 use crate::common::cancel::Cancelled;
 use crate::common::message;
 use crate::demo;
+use crate::image::extract::ExtractError;
 use crate::save;
 use crate::save::event::Event;
 use crate::store::images;
+use crate::store::registry;
 
 /// The machine-readable form of an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +53,17 @@ impl Failure {
         }
     }
 
+    /// Maps an error of a registry from which a layer was read.
+    fn of_registry(error: &registry::Error) -> Option<Self> {
+        if error.not_permitted() {
+            Some(Self::new(Exit::NotPermitted, "not_permitted"))
+        } else if error.retryable() {
+            Some(Self::new(Exit::Retry, "registry_unavailable"))
+        } else {
+            None
+        }
+    }
+
     /// Maps a cause by its type and kind, never by its text.
     fn of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Self> {
         if cause.is::<Cancelled>() {
@@ -72,6 +85,14 @@ impl Failure {
             } else {
                 Self::new(Exit::Failed, error.code().unwrap_or("failed"))
             });
+        }
+        if let Some(error) = cause.downcast_ref::<ExtractError>() {
+            return match error {
+                ExtractError::NotFound(_) | ExtractError::Path { .. } => {
+                    Some(Self::new(Exit::NoContainer, "not_found"))
+                }
+                _ => None,
+            };
         }
         if let Some(error) = cause.downcast_ref::<bench::Error>() {
             return match error {
@@ -97,6 +118,9 @@ impl Failure {
         }
         // Last, because modules wrap I/O errors in more specific ones.
         let error = cause.downcast_ref::<io::Error>()?;
+        if let Some(error) = error.get_ref().and_then(|inner| inner.downcast_ref()) {
+            return Self::of_registry(error);
+        }
         match error.kind() {
             io::ErrorKind::PermissionDenied => {
                 Some(Self::new(Exit::NotPermitted, "permission_denied"))

@@ -4,9 +4,11 @@
 mod args;
 mod bench_view;
 mod config;
+mod copy;
 mod exit;
 mod failure;
 mod image;
+mod image_diff;
 pub(crate) mod options;
 mod output;
 mod packages;
@@ -18,6 +20,7 @@ mod secret;
 #[cfg(feature = "service")]
 mod service;
 mod signals;
+mod squash;
 mod text;
 mod together;
 mod validate;
@@ -158,6 +161,9 @@ fn dispatch(verb: Verb, roots: &Roots, verbose: bool) -> anyhow::Result<()> {
         Verb::Image(args::Image::Rm(args)) => image::rm(&args),
         Verb::Image(args::Image::Prune(args)) => prune::run(&args),
         Verb::Image(args::Image::Tag(args)) => image::tag(&args),
+        Verb::Image(args::Image::Cp(args)) => copy::run(&args),
+        Verb::Image(args::Image::Diff(args)) => image_diff::run(&args),
+        Verb::Image(args::Image::Squash(args)) => squash::run(&args),
         Verb::Validate(args) => validate::run(roots, &args),
         Verb::Bench(args) => verbs::bench(roots, *args),
         #[cfg(feature = "service")]

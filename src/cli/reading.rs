@@ -1,8 +1,12 @@
 //! Reading images: threads, signals and registries of verbs that read, and nothing else.
 
 use std::io::{self, Read};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::Context;
+use indicatif::{ProgressBar, ProgressStyle};
+use oci_spec::image::Descriptor;
 use tokio_util::sync::CancellationToken;
 
 use super::{args, options, signals};
@@ -84,6 +88,82 @@ pub(super) fn layers(
         .into_iter()
         .map(|layer| layer.map(cancellable))
         .collect())
+}
+
+/// The layers of an image, each of which can be opened again and again.
+pub(super) struct Layers {
+    image: Arc<Image>,
+    cancel: CancellationToken,
+    read: Arc<AtomicU64>,
+    bar: ProgressBar,
+}
+
+impl Layers {
+    /// Takes the layers of an image, whose reading ends with an error when `cancel` is set. What was read is shown on
+    /// stderr if that is a terminal.
+    pub(super) fn new(image: Arc<Image>, cancel: &CancellationToken) -> Self {
+        let bar = ProgressBar::new_spinner();
+        if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}{bytes} read") {
+            bar.set_style(style);
+        }
+        Self {
+            image,
+            cancel: cancel.clone(),
+            read: Arc::default(),
+            bar,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.image.parsed.layers().len()
+    }
+
+    /// Returns the sum of the stored sizes in bytes.
+    pub(super) fn stored_bytes(&self) -> u64 {
+        let layers = self.image.parsed.layers().iter();
+        layers.map(Descriptor::size).fold(0, u64::saturating_add)
+    }
+
+    /// Returns how many stored bytes were read.
+    pub(super) fn bytes_read(&self) -> u64 {
+        self.read.load(Ordering::Relaxed)
+    }
+
+    /// Opens a layer; the bottom is 0.
+    pub(super) fn open(&self, layer: usize) -> LayerReader {
+        let descriptor = self.image.parsed.layers().get(layer);
+        let descriptor = descriptor.ok_or(io::ErrorKind::NotFound)?;
+        let opened = self.image.layer(descriptor);
+        Ok(Box::new(Counted {
+            layer: Cancellable {
+                layer: opened.map_err(io::Error::other)??,
+                cancel: self.cancel.clone(),
+            },
+            read: Arc::clone(&self.read),
+            bar: self.bar.clone(),
+        }))
+    }
+}
+
+impl Drop for Layers {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+struct Counted {
+    layer: Cancellable,
+    read: Arc<AtomicU64>,
+    bar: ProgressBar,
+}
+
+impl Read for Counted {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let n = self.layer.read(out)?;
+        self.read.fetch_add(n as u64, Ordering::Relaxed);
+        self.bar.inc(n as u64);
+        Ok(n)
+    }
 }
 
 struct Cancellable {

@@ -52,7 +52,7 @@ impl Compression {
     }
 
     /// Returns the bytes that precede the first block.
-    pub(super) fn head(self) -> &'static [u8] {
+    pub(crate) fn head(self) -> &'static [u8] {
         match self {
             // Deflate, no flags, no time, no level, unknown operating system: the same bytes on every machine.
             Self::Gzip => &[0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255],
@@ -61,7 +61,7 @@ impl Compression {
     }
 
     /// Returns the bytes that follow the last block, given the checksum of the tar.
-    pub(super) fn tail(self, crc: &crc32fast::Hasher, tar_size: u64) -> Vec<u8> {
+    pub(crate) fn tail(self, crc: &crc32fast::Hasher, tar_size: u64) -> Vec<u8> {
         match self {
             Self::Gzip => {
                 // An empty final block, then the CRC-32 and the size modulo 2^32.

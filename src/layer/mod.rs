@@ -14,6 +14,7 @@ mod pending_writes;
 pub(crate) mod plan;
 pub(crate) mod read_ahead;
 pub mod scan;
+pub(crate) mod sequential;
 pub mod stream;
 pub(crate) mod tar;
 

@@ -296,6 +296,7 @@ impl Plan {
                 gid: 0,
                 size: 0,
                 mtime: 0,
+                mtime_nanos: 0,
                 link: b"",
                 device: (0, 0),
                 xattrs: &[],
@@ -334,6 +335,7 @@ impl Plan {
             mtime: self
                 .timestamp
                 .map_or(entry.mtime, |most| entry.mtime.min(most)),
+            mtime_nanos: 0,
             link,
             device: (rustix::fs::major(entry.rdev), rustix::fs::minor(entry.rdev)),
             // Attributes belong to the inode, so only the first name of a link group carries them.

@@ -29,6 +29,8 @@ pub(crate) struct Header<'a> {
     pub(crate) size: u64,
     /// Seconds since the epoch.
     pub(crate) mtime: i64,
+    /// Nanoseconds after that; layers of saves have none.
+    pub(crate) mtime_nanos: u32,
     /// Target of a link.
     pub(crate) link: &'a [u8],
     /// Major and minor number of a device.
@@ -84,6 +86,7 @@ impl Header<'_> {
         gid: 0,
         size: 0,
         mtime: 0,
+        mtime_nanos: 0,
         link: b"",
         device: (0, 0),
         xattrs: &[],
@@ -105,8 +108,9 @@ impl Header<'_> {
         if self.link.len() > 100 || !self.link.is_ascii() {
             record(&mut records, b"linkpath", self.link);
         }
-        if !u64::try_from(self.mtime).is_ok_and(|t| t <= MAX_OCTAL_11) {
-            record(&mut records, b"mtime", self.mtime.to_string().as_bytes());
+        let in_octal = u64::try_from(self.mtime).is_ok_and(|t| t <= MAX_OCTAL_11);
+        if !in_octal || self.mtime_nanos > 0 {
+            record(&mut records, b"mtime", self.pax_time().as_bytes());
         }
         if !self.path.is_ascii() || split(self.path).is_none() {
             record(&mut records, b"path", self.path);
@@ -118,6 +122,16 @@ impl Header<'_> {
             record(&mut records, b"uid", self.uid.to_string().as_bytes());
         }
         records
+    }
+
+    /// Returns the time in decimal seconds.
+    fn pax_time(&self) -> String {
+        match (self.mtime, self.mtime_nanos) {
+            (seconds, 0) => seconds.to_string(),
+            (seconds @ 0.., nanos) => format!("{seconds}.{nanos:09}"),
+            // The nanoseconds count up from the seconds, the digits of a negative number down.
+            (seconds, nanos) => format!("-{}.{:09}", -(seconds + 1), 1_000_000_000 - nanos),
+        }
     }
 
     fn write_ustar(&self, out: &mut Vec<u8>) {

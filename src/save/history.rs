@@ -1,10 +1,12 @@
 //! Which layers of an image saves made, by the history in its config.
 
+use crate::common::digest::DiffId;
+
 /// `created_by` of layers that a save made.
-pub(super) const CREATED_BY: &str = "upperdeck commit";
+pub(crate) const CREATED_BY: &str = "upperdeck commit";
 
 /// Returns the number of topmost layers that saves made, by the history in the config.
-pub(super) fn saved_layers(config: &[u8]) -> usize {
+pub(crate) fn saved_layers(config: &[u8]) -> usize {
     #[derive(serde::Deserialize)]
     struct Config {
         #[serde(default)]
@@ -28,6 +30,20 @@ pub(super) fn saved_layers(config: &[u8]) -> usize {
     layers
         .take_while(|entry| entry.created_by == CREATED_BY)
         .count()
+}
+
+/// Returns the diff IDs of the layers in a config, bottom first.
+pub(crate) fn diff_ids(config: &[u8]) -> Result<Vec<DiffId>, String> {
+    #[derive(serde::Deserialize)]
+    struct RootFs {
+        diff_ids: Vec<DiffId>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Config {
+        rootfs: RootFs,
+    }
+    let config: Config = serde_json::from_slice(config).map_err(|e| format!("its config: {e}"))?;
+    Ok(config.rootfs.diff_ids)
 }
 
 #[cfg(test)]

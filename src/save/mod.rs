@@ -1,13 +1,14 @@
 //! Saves a container: one function that follows the data flow of the design.
 
 mod base;
+pub(crate) mod copy_out;
 mod earlier;
 mod ended;
 mod error;
 pub(crate) mod event;
 mod frozen;
 mod gate;
-mod history;
+pub(crate) mod history;
 mod in_flight_writes;
 mod layer_size;
 mod live;
@@ -20,6 +21,7 @@ pub(crate) mod packages;
 mod proofs;
 mod room;
 pub(crate) mod source;
+pub(crate) mod squash;
 pub mod state_store;
 mod stream;
 mod tag;

@@ -3,10 +3,11 @@
 
 use std::path::PathBuf;
 
+use super::history::diff_ids;
 use super::proofs::Proofs;
 use super::source::{self, LayerReader, SourceError};
 use super::{Context, Error, Options};
-use crate::common::digest::{ChainId, DiffId, Digest};
+use crate::common::digest::{ChainId, Digest};
 use crate::image::prove::{self, ProveError};
 use crate::node::container::{self, Base, BaseLayer, Container, IdMapping, RawManifest};
 use crate::node::overlay::id_map;
@@ -72,19 +73,6 @@ pub(super) async fn base(
         proof,
     };
     Ok((base, image.into_layout()))
-}
-
-fn diff_ids(config: &[u8]) -> Result<Vec<DiffId>, String> {
-    #[derive(serde::Deserialize)]
-    struct RootFs {
-        diff_ids: Vec<DiffId>,
-    }
-    #[derive(serde::Deserialize)]
-    struct Config {
-        rootfs: RootFs,
-    }
-    let config: Config = serde_json::from_slice(config).map_err(|e| format!("its config: {e}"))?;
-    Ok(config.rootfs.diff_ids)
 }
 
 async fn prove(

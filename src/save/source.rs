@@ -4,7 +4,7 @@ use std::io::{self, Read};
 use std::sync::mpsc;
 
 use bytes::{Buf, Bytes};
-use oci_spec::image::{ImageIndex, ImageManifest};
+use oci_spec::image::{Descriptor, ImageIndex, ImageManifest};
 
 use super::Error;
 use crate::common::digest::Digest;
@@ -120,24 +120,23 @@ impl Image {
     /// Returns the layers, bottom first. Those of a registry are fetched at their first read, for which a runtime of
     /// tokio must be current.
     pub(crate) fn layers(&self) -> Result<Vec<LayerReader>, SourceError> {
-        let mut readers: Vec<LayerReader> = Vec::new();
-        for descriptor in self.parsed.layers() {
-            let digest = descriptor.digest().to_string();
-            let digest: Digest = digest
-                .parse()
-                .map_err(|e| SourceError::Unusable(format!("its layer {digest}: {e}")))?;
-            readers.push(match &self.source {
-                Source::Layout(reader) => reader
-                    .open_blob(&digest, Some(descriptor.size()))
-                    .map_err(io::Error::other),
-                Source::Registry(repository) => Ok(Box::new(BlobReader::start(
-                    repository.clone(),
-                    digest,
-                    descriptor.size(),
-                ))),
-            });
-        }
-        Ok(readers)
+        let layers = self.parsed.layers().iter();
+        layers.map(|layer| self.layer(layer)).collect()
+    }
+
+    /// Opens one layer like [`Image::layers`].
+    pub(crate) fn layer(&self, descriptor: &Descriptor) -> Result<LayerReader, SourceError> {
+        let digest = layer_digest(descriptor)?;
+        Ok(match &self.source {
+            Source::Layout(reader) => reader
+                .open_blob(&digest, Some(descriptor.size()))
+                .map_err(io::Error::other),
+            Source::Registry(repository) => Ok(Box::new(BlobReader::start(
+                repository.clone(),
+                digest,
+                descriptor.size(),
+            ))),
+        })
     }
 
     /// Returns the reference in a registry, or the digest, for messages.
@@ -155,6 +154,14 @@ impl Image {
             Source::Registry(_) => None,
         }
     }
+}
+
+/// Returns the digest of a layer of a manifest.
+pub(crate) fn layer_digest(descriptor: &Descriptor) -> Result<Digest, SourceError> {
+    let digest = descriptor.digest().to_string();
+    digest
+        .parse()
+        .map_err(|e| SourceError::Unusable(format!("its layer {digest}: {e}")))
 }
 
 enum PullError {

@@ -6,14 +6,16 @@
     reason = "the comments are what --help prints: brackets there mean that a part may be left out"
 )]
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueHint};
 
 #[cfg(feature = "service")]
 use super::shared::Server;
 use super::shared::{Format, Registry};
 use super::value::duration;
+use crate::save::Compression;
 use crate::store::images::{MAX_PAGE_SIZE, PAGE_SIZE, Sort};
 
 pub(super) const IMAGE_HELP: &str = "\
@@ -22,6 +24,8 @@ Examples:
       The caller's images, from a manager.
   upperdeck image ls harbor.example.org/alice
   upperdeck image ls --format json oci:/srv/images
+  upperdeck image cp harbor.example.org/alice/lab:monday:/home/alice/model.py .
+  upperdeck image diff oci:/srv/images:monday oci:/srv/images:tuesday
   upperdeck image rm harbor.example.org/alice/notebook:monday
   upperdeck image prune oci:/srv/images";
 
@@ -39,6 +43,130 @@ pub(in crate::cli) enum Image {
     /// Give an image another tag
     #[command(after_long_help = IMAGE_TAG_HELP)]
     Tag(ImageTag),
+    /// Copy a file or a directory out of an image
+    #[command(after_long_help = IMAGE_CP_HELP)]
+    Cp(ImageCp),
+    /// List what differs between two images: A added, C changed, D deleted
+    #[command(after_long_help = IMAGE_DIFF_HELP)]
+    Diff(ImageDiff),
+    /// Rewrite the layers above an image's base into one
+    #[command(after_long_help = IMAGE_SQUASH_HELP)]
+    Squash(ImageSquash),
+}
+
+const IMAGE_CP_HELP: &str = "\
+Examples:
+  upperdeck image cp harbor.example.org/alice/lab:monday:/home/alice/model.py .
+  upperdeck image cp oci:/srv/images/notebook:monday:/home/alice/. restored
+      What is in the directory, not the directory itself.
+  upperdeck image cp oci-archive:notebook.tar:/etc/hosts - | tar -xO
+
+IMAGE:PATH:
+  HOST/REPOSITORY[:TAG][@DIGEST]:/PATH, oci:DIRECTORY[:TAG]:/PATH or oci-archive:FILE[:TAG]:/PATH.
+  Symbolic links in PATH are followed within the image; one at its end is copied as a link, unless a slash follows.
+
+DESTINATION:
+  A directory that exists gets what is copied under its own name; else it is the new name. Files there are replaced. Below
+  the destination no symbolic link is followed. - writes a tar stream.
+
+Layers are read from the top, and none below the one that decides; of a directory, all that may have a part of it. A layer
+that is read is read to its end, and its digest verified, before anything is written. Modes, times, hard links and extended
+attributes are kept, owners as far as permitted. Device nodes are not created, only written to a tar stream.
+
+JSON: {image, digest, path, destination, paths, bytes, devices_left_out, devices_left_out_count, owners_not_set,
+xattrs_not_set, layers, layers_read (each as often as it was read), image_bytes, bytes_read}. Sizes are in bytes;
+image_bytes and bytes_read are of the stored layers.
+The exit code is 66 if the image does not have the path.";
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct ImageCp {
+    /// Image and absolute path in it, e.g. oci:/srv/images:monday:/etc/hosts
+    #[arg(value_name = "IMAGE:PATH")]
+    pub(in crate::cli) source: String,
+    /// File or directory to write; - for a tar stream on stdout
+    #[arg(value_name = "DESTINATION", value_hint = ValueHint::AnyPath)]
+    pub(in crate::cli) destination: PathBuf,
+    /// Output format
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(in crate::cli) format: Format,
+    #[command(flatten)]
+    pub(in crate::cli) registry: Registry,
+}
+
+const IMAGE_DIFF_HELP: &str = "\
+Examples:
+  upperdeck image diff oci:/srv/images:monday oci:/srv/images:tuesday
+  upperdeck image diff --packages r.example.org/lab:1 r.example.org/lab:2
+  upperdeck image diff --full --format json oci:x:1 oci:x:2 |
+      jq -r '.changes[].path'
+
+Only the layers that the two images do not share are read. Whether a path that only the layers of one image name is new or
+was changed is then not known: W. --full reads all layers and says A or C, with the size before.
+A directory of which only the time differs is not listed.
+
+JSON: {a, b (digests), common_layers, full, changes, packages, bytes_read}, where changes is
+  [{change, path, before, after}]; change is A, C, D or W; before and after are {type, mode, uid, gid, size}, or null if
+  the path is not there, or not known; packages is that of 'inspect --packages', or null. Paths are text: a byte that is not
+  UTF-8 is \\xNN, a control character \\u{N}, a backslash \\\\.";
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct ImageDiff {
+    /// The image before: HOST/REPOSITORY[:TAG], oci:DIRECTORY[:TAG] or oci-archive:FILE[:TAG]
+    #[arg(value_name = "A")]
+    pub(in crate::cli) before: String,
+    /// The image after
+    #[arg(value_name = "B")]
+    pub(in crate::cli) after: String,
+    /// Read the common layers, too
+    #[arg(long)]
+    pub(in crate::cli) full: bool,
+    /// List the packages that differ, too (reads all layers of both images)
+    #[arg(long)]
+    pub(in crate::cli) packages: bool,
+    /// Output format
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(in crate::cli) format: Format,
+    #[command(flatten)]
+    pub(in crate::cli) registry: Registry,
+}
+
+const IMAGE_SQUASH_HELP: &str = "\
+Examples:
+  upperdeck image squash harbor.example.org/alice/notebook:monday
+      The tag names the squashed image then.
+  upperdeck image squash oci:/srv/images:monday oci:/srv/images:kept
+  upperdeck image squash --base oci:base:1 oci:/srv/images:x oci:/srv/images:y
+
+The layers of saves, which the image's history names, become one; those below stay as they are, and so do settings, labels
+and annotations. --base names another image below; the layers above that become one. All layers are read, and the new
+image is published only if its tree equals that of the old one in every path, mode, owner, time, attribute and content. The
+same image gives the same result.
+
+JSON: {image (with its digest), digest, base_layers, squashed_layers, layer: {digest, diff_id, size, paths}, before_bytes
+(of the layers that were replaced)}.";
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct ImageSquash {
+    /// The image: HOST/REPOSITORY[:TAG], oci:DIRECTORY[:TAG] or oci-archive:FILE[:TAG]
+    #[arg(value_name = "IMAGE")]
+    pub(in crate::cli) image: String,
+    /// Where the squashed image goes [default: it replaces IMAGE]
+    #[arg(value_name = "NEW")]
+    pub(in crate::cli) new: Option<String>,
+    /// The image whose layers stay [default: what is below the layers of saves]
+    #[arg(long, value_name = "IMAGE")]
+    pub(in crate::cli) base: Option<String>,
+    /// Take the tag of NEW from another image that has it
+    #[arg(long, requires = "new")]
+    pub(in crate::cli) replace: bool,
+    /// Compression of the new layer
+    #[arg(long, value_enum, default_value_t = Compression::Gzip, value_name = "CODEC")]
+    pub(in crate::cli) compression: Compression,
+    /// Output format
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(in crate::cli) format: Format,
+    #[command(flatten)]
+    pub(in crate::cli) registry: Registry,
 }
 
 const IMAGE_TAG_HELP: &str = "\

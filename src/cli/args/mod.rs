@@ -28,7 +28,9 @@ use clap_complete::Shell;
 pub(super) use bench::Bench;
 pub(super) use commit::{Commit, VolumeIdentity};
 pub(super) use containers::{Diff, Inspect, Ps};
-pub(super) use image::{Image, ImageLs, ImagePrune, ImageRm, ImageTag};
+pub(super) use image::{
+    Image, ImageCp, ImageDiff, ImageLs, ImagePrune, ImageRm, ImageSquash, ImageTag,
+};
 pub(super) use layer::{Layer, Validate};
 #[cfg(feature = "service")]
 pub(super) use shared::Server;
@@ -186,7 +188,7 @@ pub(super) enum Verb {
     /// Create only a layer, from directories
     #[command(after_long_help = LAYER_HELP)]
     Layer(Layer),
-    /// List, tag, delete and prune saved images in Harbor, another registry or an OCI layout
+    /// List, tag, compare, squash, delete and prune saved images, and copy files out of them
     #[command(subcommand, after_long_help = IMAGE_HELP)]
     Image(Image),
     /// Compare a layer, an image or a container with a specification, or write one

@@ -14,6 +14,7 @@ mod expand;
 mod json;
 pub mod platform;
 pub mod raw;
+pub mod squash;
 
 use oci_client::annotations::{
     ORG_OPENCONTAINERS_IMAGE_BASE_DIGEST as BASE_DIGEST,
