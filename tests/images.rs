@@ -1,4 +1,5 @@
-//! Tests of listing and deleting images without Harbor, on docker-registry and on a layout directory.
+//! Tests of listing, deleting, copying out of, comparing and squashing images without Harbor, on docker-registry and on a
+//! layout directory.
 // A panic in a helper fails the test, as intended.
 #![allow(clippy::unwrap_used)]
 
@@ -7,6 +8,8 @@ mod image;
 #[path = "support/mod.rs"]
 #[allow(dead_code)]
 mod support;
+#[path = "images/tools.rs"]
+mod tools;
 
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};

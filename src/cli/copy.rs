@@ -143,7 +143,8 @@ impl Place {
     fn spool(&self) -> anyhow::Result<std::fs::File> {
         let made = match self {
             Self::Stdout => tempfile::tempfile(),
-            Self::Into(directory) | Self::As {
+            Self::Into(directory)
+            | Self::As {
                 parent: directory, ..
             } => tempfile::tempfile_in(directory),
         };
@@ -262,7 +263,14 @@ mod tests {
         ] {
             assert_eq!(split(source).ok(), Some((image, path)), "{source}");
         }
-        for bad in ["", "x", "oci:/srv/x", ":/x", "r.example/x:1", "docker://r/x"] {
+        for bad in [
+            "",
+            "x",
+            "oci:/srv/x",
+            ":/x",
+            "r.example/x:1",
+            "docker://r/x",
+        ] {
             assert!(split(bad).is_err(), "{bad}");
         }
     }

@@ -141,10 +141,12 @@ async fn kept(
         name: name.to_owned(),
         reason,
     };
-    let ids =
-        history::diff_ids(config).map_err(|reason| failed(&args.image, reason))?;
+    let ids = history::diff_ids(config).map_err(|reason| failed(&args.image, reason))?;
     if ids.len() != total {
-        let reason = format!("its config lists {} layers, its manifest {total}", ids.len());
+        let reason = format!(
+            "its config lists {} layers, its manifest {total}",
+            ids.len()
+        );
         return Err(failed(&args.image, reason).into());
     }
     let keep = match (base, &args.base) {

@@ -40,7 +40,11 @@ pub struct Changed {
 
 /// Compares two whole trees. A directory of which only the time differs is left out.
 pub fn of_trees(before: &Tree, after: &Tree) -> Vec<Changed> {
-    let paths: BTreeSet<&[u8]> = before.iter().chain(after.iter()).map(|(path, _)| path).collect();
+    let paths: BTreeSet<&[u8]> = before
+        .iter()
+        .chain(after.iter())
+        .map(|(path, _)| path)
+        .collect();
     let of = |path: &[u8]| {
         let (a, b) = (before.get(path), after.get(path));
         let change = match (a, b) {
@@ -291,7 +295,12 @@ mod tests {
         let line = |c: &Changed| {
             let size = |node: &Option<Node>| node.as_ref().map(|node| node.size);
             let path = String::from_utf8_lossy(&c.path).into_owned();
-            format!("{:?} {path} {:?} {:?}", c.change, size(&c.before), size(&c.after))
+            format!(
+                "{:?} {path} {:?} {:?}",
+                c.change,
+                size(&c.before),
+                size(&c.after)
+            )
         };
         changes.iter().map(line).collect()
     }
@@ -308,7 +317,11 @@ mod tests {
         ]);
         let a = layer(&[("a", b'0', "a"), ("both", b'0', "one"), ("same", b'0', "s")]);
         let b = [
-            layer(&[("both", b'0', "other"), ("same", b'0', "s"), ("tmp", b'0', "t")]),
+            layer(&[
+                ("both", b'0', "other"),
+                ("same", b'0', "s"),
+                ("tmp", b'0', "t"),
+            ]),
             layer(&[
                 ("d/", b'5', ""),
                 ("d/.wh.gone", b'0', ""),
@@ -322,10 +335,7 @@ mod tests {
         let mut tree = Layers::new();
         tree.apply(common.as_slice())?;
         let common = tree.into_tree();
-        let (mut all_a, mut all_b) = (
-            Layers::on_top_of(common.clone()),
-            Layers::on_top_of(common),
-        );
+        let (mut all_a, mut all_b) = (Layers::on_top_of(common.clone()), Layers::on_top_of(common));
         let (mut own_a, mut own_b) = (OwnLayers::default(), OwnLayers::default());
         all_a.apply(a.as_slice())?;
         own_a.apply(a.as_slice())?;

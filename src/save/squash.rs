@@ -201,8 +201,8 @@ fn write(
     file: &mut File,
     compression: Compression,
 ) -> Result<SequentialDigests, SquashError> {
-    let mut out = SequentialLayer::new(BufWriter::new(file), compression)
-        .map_err(SquashError::Write)?;
+    let mut out =
+        SequentialLayer::new(BufWriter::new(file), compression).map_err(SquashError::Write)?;
     let mut bytes = Vec::new();
     for (path, entry) in entries {
         bytes.clear();
@@ -319,7 +319,8 @@ pub(crate) async fn publish(
         };
         if !mounted {
             let reader = image.layer(descriptor).map_err(failed)?;
-            let reader = reader.map_err(|error| failed(SourceError::Unusable(error.to_string())))?;
+            let reader =
+                reader.map_err(|error| failed(SourceError::Unusable(error.to_string())))?;
             upload(destination, reader, digest, descriptor.size()).await?;
         }
     }

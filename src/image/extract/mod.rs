@@ -96,10 +96,8 @@ pub fn find(
         applied::find(path, count, open, spool, read)
     };
     // A directory is meant, and a link at the end followed: the tree knows what is at the end.
-    let ends_in_name = !matches!(
-        path.rsplit(|&b| b == b'/').next(),
-        Some(b"" | b"." | b"..")
-    ) || path.is_empty();
+    let ends_in_name =
+        !matches!(path.rsplit(|&b| b == b'/').next(), Some(b"" | b"." | b"..")) || path.is_empty();
     let follow_last = !ends_in_name;
     let Some(mut target) = resolved(Vec::new(), path) else {
         return whole(open, spool, layers_read);
@@ -108,7 +106,12 @@ pub fn find(
         let mut search = Search::new(&target);
         let mut step = Step::Below;
         for layer in (0..count).rev() {
-            step = search.layer(&mut || open(layer), layer == 0, &mut spool, &mut layers_read)?;
+            step = search.layer(
+                &mut || open(layer),
+                layer == 0,
+                &mut spool,
+                &mut layers_read,
+            )?;
             if !matches!(step, Step::Below) {
                 break;
             }
@@ -127,7 +130,9 @@ pub fn find(
                     Some(Node {
                         target: Some(to), ..
                     }) if follow_last => (target.clone(), to.clone()),
-                    Some(node) if follow_last && node.kind != super::verify::tree::Kind::Directory => {
+                    Some(node)
+                        if follow_last && node.kind != super::verify::tree::Kind::Directory =>
+                    {
                         return Err(bad(path, "it is no directory"));
                     }
                     _ => {

@@ -127,8 +127,8 @@ impl<'a> Search<'a> {
         seen: &mut Seen,
         spool: &mut Spool,
     ) -> Result<bool, ExtractError> {
-        let name = normalise(&entry.name)
-            .map_err(|reason| ArchiveError::entry(&entry.name, reason))?;
+        let name =
+            normalise(&entry.name).map_err(|reason| ArchiveError::entry(&entry.name, reason))?;
         self.charged += NAME + name.len() as u64 + entry.link.len() as u64;
         if self.charged > NAMES {
             return Err(ExtractError::TooMany(NAMES));

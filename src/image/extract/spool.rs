@@ -40,9 +40,7 @@ impl Spool {
         loop {
             match archive.read_content(&mut buffer)? {
                 0 => break,
-                n => hash
-                    .write_all(&buffer[..n])
-                    .map_err(ExtractError::Spool)?,
+                n => hash.write_all(&buffer[..n]).map_err(ExtractError::Spool)?,
             }
         }
         let (_, digest, written) = hash.complete();

@@ -33,19 +33,30 @@ fn tar(rows: &[Row]) -> Vec<u8> {
 
 fn run(layers: &[Vec<u8>], path: &str) -> Result<Extracted, ExtractError> {
     let mut open = |at: usize| -> LayerRead { Ok(Box::new(io::Cursor::new(layers[at].clone()))) };
-    find(path.as_bytes(), layers.len(), &mut open, tempfile::tempfile().unwrap())
+    find(
+        path.as_bytes(),
+        layers.len(),
+        &mut open,
+        tempfile::tempfile().unwrap(),
+    )
 }
 
 /// What was found in words: metadata, first names of hard links, contents.
 fn words(found: &Extracted) -> Vec<String> {
     use std::os::unix::fs::FileExt as _;
     let mut first: HashMap<u64, &[u8]> = HashMap::new();
-    let members = found.members.iter().filter(|(path, _)| !path.is_empty() || found.members.len() == 1);
+    let members = found
+        .members
+        .iter()
+        .filter(|(path, _)| !path.is_empty() || found.members.len() == 1);
     members
         .map(|(path, Member { node, at })| {
             let mut content = vec![0; node.size as usize];
             found.spool.read_exact_at(&mut content, *at).unwrap();
-            assert!(node.content.is_none_or(|digest| digest == Digest::of(&content)));
+            assert!(
+                node.content
+                    .is_none_or(|digest| digest == Digest::of(&content))
+            );
             let leader = first.entry(node.inode).or_insert(path);
             format!(
                 "{} {:?} {:o} {} {:?} {:?} {}",
@@ -63,10 +74,28 @@ fn words(found: &Extracted) -> Vec<String> {
 
 fn row() -> impl Strategy<Value = Row> {
     let names = vec![
-        "a/", "b/", "a/b/", "a", "b", "a/x", "b/x", "a/b/x", "a/b/y", ".wh.a", ".wh.b", "a/.wh.b",
-        "a/.wh.x", "a/.wh..wh..opq", ".wh..wh..opq", "x", "./", "b/.wh..wh..opq",
+        "a/",
+        "b/",
+        "a/b/",
+        "a",
+        "b",
+        "a/x",
+        "b/x",
+        "a/b/x",
+        "a/b/y",
+        ".wh.a",
+        ".wh.b",
+        "a/.wh.b",
+        "a/.wh.x",
+        "a/.wh..wh..opq",
+        ".wh..wh..opq",
+        "x",
+        "./",
+        "b/.wh..wh..opq",
     ];
-    let texts = vec!["", "one", "two", "a", "b", "a/x", "../b", "/a", "a/b", "x", ".."];
+    let texts = vec![
+        "", "one", "two", "a", "b", "a/x", "../b", "/a", "a/b", "x", "..",
+    ];
     (
         prop::sample::select(names),
         prop::sample::select(b"0000012".to_vec()),
@@ -91,7 +120,12 @@ fn orderly(mut rows: Vec<Row>) -> Vec<Row> {
             rows.push((parent, b'5', ""));
         }
     }
-    rows.sort_by_key(|row| (row.0.trim_end_matches('/').replace('/', "\0"), row.1 != b'5'));
+    rows.sort_by_key(|row| {
+        (
+            row.0.trim_end_matches('/').replace('/', "\0"),
+            row.1 != b'5',
+        )
+    });
     rows.dedup_by_key(|row| row.0.trim_end_matches('/'));
     rows
 }
@@ -124,17 +158,37 @@ proptest! {
 
 #[test]
 fn no_layer_is_read_below_the_one_that_decides() -> Result<(), ExtractError> {
-    let base = tar(&[("etc/", b'5', ""), ("etc/a", b'0', "base"), ("etc/b", b'0', "base"), ("e", b'2', "etc")]);
-    let middle = tar(&[("etc/", b'5', ""), ("etc/.wh.b", b'0', ""), ("etc/a", b'0', "new")]);
+    let base = tar(&[
+        ("etc/", b'5', ""),
+        ("etc/a", b'0', "base"),
+        ("etc/b", b'0', "base"),
+        ("e", b'2', "etc"),
+    ]);
+    let middle = tar(&[
+        ("etc/", b'5', ""),
+        ("etc/.wh.b", b'0', ""),
+        ("etc/a", b'0', "new"),
+    ]);
     let top = tar(&[("var/", b'5', ""), ("var/x", b'0', "top")]);
     let layers = [base, middle, top];
-    for (path, read, content) in [("/var/x", 1, "top"), ("etc/a", 2, "new"), ("e/a", 5, "new"), ("e", 3, "")] {
+    for (path, read, content) in [
+        ("/var/x", 1, "top"),
+        ("etc/a", 2, "new"),
+        ("e/a", 5, "new"),
+        ("e", 3, ""),
+    ] {
         let found = run(&layers, path)?;
         let text = words(&found).join("\n");
         assert_eq!(found.layers_read, read, "{path}: {text}");
         assert!(text.contains(&format!("{content:?}")), "{path}: {text}");
     }
-    assert!(matches!(run(&layers, "etc/b"), Err(ExtractError::NotFound(_))));
-    assert!(matches!(run(&layers, "etc/a/b"), Err(ExtractError::Path { .. } | ExtractError::NotFound(_))));
+    assert!(matches!(
+        run(&layers, "etc/b"),
+        Err(ExtractError::NotFound(_))
+    ));
+    assert!(matches!(
+        run(&layers, "etc/a/b"),
+        Err(ExtractError::Path { .. } | ExtractError::NotFound(_))
+    ));
     Ok(())
 }

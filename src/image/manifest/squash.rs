@@ -23,7 +23,12 @@ pub fn squash(
     let config = Blob::new(CONFIG, squashed_config(config, keep, layer, created_by)?);
     let mut root = parse_object(WHAT_MANIFEST, manifest)?;
     let Some(Value::Array(old)) = root.get_mut("layers").map(Value::take) else {
-        return Err(unexpected_type(WHAT_MANIFEST, "layers", "a list", &Value::Null));
+        return Err(unexpected_type(
+            WHAT_MANIFEST,
+            "layers",
+            "a list",
+            &Value::Null,
+        ));
     };
     let mut layers = Vec::with_capacity(keep + 1);
     for (index, old) in old.iter().take(keep).enumerate() {
@@ -166,10 +171,7 @@ mod tests {
         ];
         let squashed = squashed_history(history.clone(), 1, 3, "upperdeck commit");
         let one = json!({"created": "2", "created_by": "upperdeck commit", "comment": "2 layers, squashed"});
-        assert_eq!(
-            squashed,
-            Some(vec![base, empty.clone(), one, empty])
-        );
+        assert_eq!(squashed, Some(vec![base, empty.clone(), one, empty]));
         assert_eq!(squashed_history(history, 1, 4, "x"), None);
         assert_eq!(squashed_history(Vec::new(), 0, 1, "x"), None);
     }

@@ -157,8 +157,7 @@ impl Writer<'_> {
             Kind::Fifo => {
                 let kind = FileType::Fifo;
                 rustix::fs::mknodat(parent, &name, kind, Mode::from_raw_mode(0o600), 0)?;
-                let flags =
-                    OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let fifo = rustix::fs::openat(parent, &name, flags, Mode::empty())?;
                 self.attributes(fifo.as_fd(), node)
             }
@@ -168,8 +167,7 @@ impl Writer<'_> {
                     | OFlags::EXCL
                     | OFlags::NOFOLLOW
                     | OFlags::CLOEXEC;
-                let file =
-                    rustix::fs::openat(parent, &name, flags, Mode::from_raw_mode(0o600))?;
+                let file = rustix::fs::openat(parent, &name, flags, Mode::from_raw_mode(0o600))?;
                 let mut file = File::from(file);
                 self.content(member, &mut file, cancel)?;
                 self.attributes(file.as_fd(), node)
@@ -238,15 +236,15 @@ impl Writer<'_> {
         let (uid, gid) = (Uid::from_raw(node.uid), Gid::from_raw(node.gid));
         let owned = self.owned(rustix::fs::fchown(file, Some(uid), Some(gid)))?;
         for (name, value) in &node.xattrs {
-            let set = rustix::fs::fsetxattr(
-                file,
-                OsStr::from_bytes(name),
-                value,
-                XattrFlags::empty(),
-            );
+            let set =
+                rustix::fs::fsetxattr(file, OsStr::from_bytes(name), value, XattrFlags::empty());
             self.written.xattrs_not_set += u64::from(set.is_err());
         }
-        let mode = if owned { node.mode } else { node.mode & !SET_ID };
+        let mode = if owned {
+            node.mode
+        } else {
+            node.mode & !SET_ID
+        };
         rustix::fs::fchmod(file, Mode::from_raw_mode(mode as RawMode))?;
         Ok(rustix::fs::futimens(file, &times(node))?)
     }
@@ -295,8 +293,7 @@ fn times(node: &Node) -> Timestamps {
 fn open_below(into: BorrowedFd<'_>, path: &[u8]) -> io::Result<OwnedFd> {
     let path = if path.is_empty() { b"." } else { path };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let resolve =
-        ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     loop {
         match rustix::fs::openat2(into, OsStr::from_bytes(path), flags, Mode::empty(), resolve) {
             // A rename somewhere raced with the resolution.
