@@ -377,3 +377,47 @@ pub(crate) fn descriptor(
 ) -> oci_spec::image::Descriptor {
     base::descriptor(compression.media_type(), digests.digest, digests.size)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::image::extract::tests::layers;
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn a_layer_for_several_gives_the_same_tree(layers in layers(), keep in 0usize..3) {
+            let keep = keep.min(layers.len() - 1);
+            let mut open = |at: usize| -> io::Result<Box<dyn Read + Send>> {
+                Ok(Box::new(io::Cursor::new(layers[at].clone())))
+            };
+            let one = squash(layers.len(), keep, &mut open, Compression::Gzip);
+            let two = squash(layers.len(), keep, &mut open, Compression::Gzip);
+            match (one, two) {
+                (Ok(one), Ok(two)) => prop_assert_eq!(one.digests, two.digests),
+                // Layers that no unpacker can apply.
+                (Err(SquashError::Layer(_)), Err(SquashError::Layer(_))) => {}
+                (one, two) => prop_assert!(false, "{:?} {:?}", one, two),
+            }
+        }
+    }
+
+    /// A program that reads gzip makes of it what was written, and both digests are those of the bytes.
+    #[test]
+    fn the_layer_is_one_gzip_member() -> io::Result<()> {
+        let mut bytes = Vec::new();
+        let mut layer = SequentialLayer::new(&mut bytes, Compression::Gzip)?;
+        let tar: Vec<u8> = (0..3_000_000u32).map(|n| (n / 7) as u8).collect();
+        layer.write_all(&tar)?;
+        let digests = layer.finish()?;
+        let mut read = Vec::new();
+        flate2::read::GzDecoder::new(bytes.as_slice()).read_to_end(&mut read)?;
+        assert!(read == tar);
+        assert_eq!((digests.digest, digests.size), (Digest::of(&bytes), bytes.len() as u64));
+        assert_eq!(digests.diff_id.0, Digest::of(&tar));
+        Ok(())
+    }
+}

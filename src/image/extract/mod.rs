@@ -10,7 +10,7 @@ pub(crate) mod applied;
 mod search;
 pub(crate) mod spool;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::BTreeMap;
 use std::fs::File;
