@@ -416,7 +416,10 @@ mod tests {
         let mut read = Vec::new();
         flate2::read::GzDecoder::new(bytes.as_slice()).read_to_end(&mut read)?;
         assert!(read == tar);
-        assert_eq!((digests.digest, digests.size), (Digest::of(&bytes), bytes.len() as u64));
+        assert_eq!(
+            (digests.digest, digests.size),
+            (Digest::of(&bytes), bytes.len() as u64)
+        );
         assert_eq!(digests.diff_id.0, Digest::of(&tar));
         Ok(())
     }

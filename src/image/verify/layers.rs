@@ -136,6 +136,10 @@ impl Layers {
         }
         let (parent, base) = split(&name);
         if let Some(hidden) = base.strip_prefix(b".wh.") {
+            // umoci lists what was in a directory that became a file, after the file. Nothing is left to hide there.
+            if self.is_in_file(parent) {
+                return Ok(());
+            }
             // Unpackers create the parent directory of a whiteout.
             let parent = self.parent(parent, &entry.name)?;
             if hidden == b".wh..opq" {
@@ -177,6 +181,13 @@ impl Layers {
             self.remove(&path);
         }
         self.insert(path, node)
+    }
+
+    /// Returns whether a path or one above it is neither a directory nor a symbolic link.
+    fn is_in_file(&self, path: &[u8]) -> bool {
+        std::iter::successors(Some(path), |path| (!path.is_empty()).then(|| split(path).0))
+            .filter_map(|path| self.tree.nodes.get(path))
+            .any(|node| !matches!(node.kind, Kind::Directory | Kind::Symlink))
     }
 
     /// Returns the target of the hard link `path`, or `None` if that is `path` itself.
@@ -550,6 +561,10 @@ mod tests {
             ),
             // A file that replaces a directory removes everything below it.
             (&[("d", b'0', "y")], &["d", "e", "e-"]),
+            (
+                &[("d", b'0', "y"), ("d/.wh.a", b'0', "")],
+                &["d", "e", "e-"],
+            ),
             (&[("e", b'5', "")], &["d", "d/a", "d/b", "e", "e-"]),
             // Entries of aufs are not part of the tree.
             (
