@@ -243,7 +243,7 @@ fn summary(view: &CopyView) -> String {
         size(view.written.bytes),
         size(view.bytes_read),
         size(view.image_bytes),
-        count(view.layers as u64, "layer", "layers"),
+        count(view.layers, "layer", "layers"),
     )
 }
 

@@ -10,7 +10,7 @@ use super::print::print;
 use super::reading::{self, Layers};
 use crate::common::digest::Digest;
 use crate::common::escape;
-use crate::common::message::size;
+use crate::common::message::{count, size};
 use crate::image::difference::{self, Change, Changed, OwnLayers};
 use crate::image::packages::Packages;
 use crate::image::verify::archive::ArchiveError;
@@ -173,8 +173,8 @@ fn table(view: &DiffView) -> String {
     }
     if counts.contains_key("W") {
         out.push_str(&format!(
-            "note: W: written by one image's own layers; --full reads the {} common layers and says A or C\n",
-            view.common_layers
+            "note: W: written by one image's own layers; --full also reads {} and says A or C\n",
+            count(view.common_layers, "common layer", "common layers")
         ));
     }
     out
@@ -193,9 +193,5 @@ fn details(change: &ChangeView) -> String {
     if is_file(&change.before) || is_file(&change.after) {
         out.push_str(&field(&|node| size(node.size)));
     }
-    if out.is_empty() {
-        out
-    } else {
-        format!(" {out}")
-    }
+    out
 }
