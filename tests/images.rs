@@ -3,6 +3,8 @@
 // A panic in a helper fails the test, as intended.
 #![allow(clippy::unwrap_used)]
 
+#[path = "images/hostile.rs"]
+mod hostile;
 #[path = "support/image.rs"]
 mod image;
 #[path = "support/mod.rs"]

@@ -62,6 +62,11 @@ pub(super) fn run(args: &ImageCp) -> anyhow::Result<()> {
             let mut open = |layer: usize| layers.open(layer);
             let found = extract::find(&path, layers.len(), &mut open, spool)?;
             let written = place.write(&path, &found, &cancel)?;
+            anyhow::ensure!(
+                written.paths > 0 || written.devices_left_out_count == 0,
+                "/{} is a device node, and none is created: copy to - for a tar stream",
+                escape::path(&found.path)
+            );
             Ok(CopyView {
                 image: name,
                 digest,

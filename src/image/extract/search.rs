@@ -237,7 +237,7 @@ impl<'a> Search<'a> {
                 at: spool.end,
             };
             if entry.kind == EntryKind::File {
-                member.node.content = Some(spool.take(archive)?);
+                member.node.content = Some(spool.take(entry.size, archive)?);
             }
             self.found.insert(name, (self.layer, member));
             return Ok(true);
@@ -292,7 +292,7 @@ impl<'a> Search<'a> {
             self.inode += 1;
             let at = spool.end;
             let mut node = node(entry, self.inode);
-            node.content = Some(spool.take(archive)?);
+            node.content = Some(spool.take(entry.size, archive)?);
             for name in names {
                 let node = node.clone();
                 self.found

@@ -30,13 +30,15 @@ impl Spool {
         Ok(())
     }
 
-    /// Takes the content of the current entry and returns its digest.
+    /// Takes the content of the current entry, of `size` bytes, and returns its digest.
     pub(super) fn take<R: Read>(
         &mut self,
+        size: u64,
         archive: &mut Archive<R>,
     ) -> Result<Digest, ExtractError> {
         let mut hash = HashingWriter::new(&mut self.file);
-        let mut buffer = vec![0; 64 * 1024];
+        // Sized by the content, because most files are small and there may be millions of them.
+        let mut buffer = vec![0; size.clamp(1, 64 * 1024) as usize];
         loop {
             match archive.read_content(&mut buffer)? {
                 0 => break,
@@ -73,7 +75,7 @@ impl Spool {
                     continue;
                 }
                 let begin = self.end;
-                let digest = self.take(&mut archive)?;
+                let digest = self.take(entry.size, &mut archive)?;
                 if wanted.contains_key(&digest) && !found.contains_key(&digest) {
                     found.insert(digest, begin);
                 } else {
