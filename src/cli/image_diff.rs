@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 use super::args::ImageDiff;
 use super::print::print;
@@ -34,7 +34,6 @@ struct DiffView {
 
 #[derive(Serialize)]
 struct ChangeView {
-    #[serde(serialize_with = "letter")]
     change: Change,
     path: String,
     before: Option<NodeView>,
@@ -71,10 +70,6 @@ impl From<Changed> for ChangeView {
             after: changed.after.map(Into::into),
         }
     }
-}
-
-fn letter<S: Serializer>(change: &Change, to: S) -> Result<S::Ok, S::Error> {
-    to.serialize_str(of(*change))
 }
 
 /// The letters of `diff`, and W.

@@ -12,16 +12,20 @@ const METADATA: u64 = 2 << 30;
 /// Estimated memory of a path in addition to its bytes.
 const PATH: u64 = 256;
 
-/// How a path differs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How a path differs; written as the letters of `diff`, and W.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub enum Change {
     /// It is only in the second image.
+    #[serde(rename = "A")]
     Added,
     /// It is in both, and differs.
+    #[serde(rename = "C")]
     Changed,
     /// It is only in the first image.
+    #[serde(rename = "D")]
     Deleted,
     /// It is in the own layers of one image only. What the other has there is in the layers that were not read.
+    #[serde(rename = "W")]
     Written,
 }
 
