@@ -122,8 +122,8 @@ pub(crate) fn squash(
 /// What a layer says of a path.
 enum Entry<'a> {
     Node(&'a Node),
-    /// A hard link to the path.
-    Link(&'a [u8]),
+    /// A hard link to the path, of the same file. containers/storage sets mode, owner and time by its header, too.
+    Link(&'a [u8], &'a Node),
     Whiteout,
 }
 
@@ -159,7 +159,9 @@ fn entries<'a>(below: &Tree, all: &'a Tree) -> Vec<(Vec<u8>, Entry<'a>)> {
         let Some(node) = all.get(path) else { continue };
         let first = names.get(&node.inode).and_then(|names| names.first());
         let entry = match first {
-            Some(first) if node.kind != Kind::Directory && first != path => Entry::Link(first),
+            Some(first) if node.kind != Kind::Directory && first != path => {
+                Entry::Link(first, node)
+            }
             _ => Entry::Node(node),
         };
         out.insert(path.to_vec(), entry);
@@ -235,28 +237,23 @@ fn header(path: &[u8], entry: &Entry<'_>, out: &mut Vec<u8>) {
         device: (0, 0),
         xattrs: &[],
     };
-    let node = match entry {
+    let (node, first) = match entry {
         Entry::Whiteout => return blank.write(out),
-        Entry::Link(first) => {
-            let typeflag = b'1';
-            let link = first;
-            return Header {
-                typeflag,
-                link,
-                ..blank
-            }
-            .write(out);
-        }
-        Entry::Node(node) => node,
+        Entry::Link(first, node) => (node, Some(first)),
+        Entry::Node(node) => (node, None),
     };
     let mut named = path.to_vec();
     if node.kind == Kind::Directory {
         named.extend(if path.is_empty() { &b"./"[..] } else { b"/" });
     }
-    let xattrs: Vec<Xattr> = node.xattrs.clone().into_iter().collect();
+    let xattrs: Vec<Xattr> = match first {
+        Some(_) => Vec::new(),
+        None => node.xattrs.clone().into_iter().collect(),
+    };
     Header {
         path: &named,
         typeflag: match node.kind {
+            _ if first.is_some() => b'1',
             Kind::File => b'0',
             Kind::Symlink => b'2',
             Kind::Char => b'3',
@@ -267,10 +264,12 @@ fn header(path: &[u8], entry: &Entry<'_>, out: &mut Vec<u8>) {
         mode: (node.mode & 0o7777) as u16,
         uid: node.uid,
         gid: node.gid,
-        size: node.size,
+        size: if first.is_some() { 0 } else { node.size },
         mtime: node.mtime.seconds,
         mtime_nanos: node.mtime.nanos,
-        link: node.target.as_deref().unwrap_or_default(),
+        link: first
+            .copied()
+            .unwrap_or_else(|| node.target.as_deref().unwrap_or_default()),
         device: node.rdev.unwrap_or_default(),
         xattrs: &xattrs,
     }
@@ -403,6 +402,40 @@ mod tests {
                 (one, two) => prop_assert!(false, "{:?} {:?}", one, two),
             }
         }
+    }
+
+    #[test]
+    fn a_hard_link_says_mode_owner_and_time_of_its_file() {
+        let mut builder = tar::Builder::new(Vec::new());
+        for (name, kind, link) in [("f", b'0', ""), ("g", b'1', "f")] {
+            let mut header = tar::Header::new_ustar();
+            header.set_entry_type(tar::EntryType::new(kind));
+            header.as_old_mut().linkname[..link.len()].copy_from_slice(link.as_bytes());
+            header.set_mode(0o4755);
+            header.set_uid(7);
+            header.set_mtime(9);
+            header.set_size(0);
+            builder.append_data(&mut header, name, io::empty()).unwrap();
+        }
+        let layer = builder.into_inner().unwrap();
+        let mut open = |_: usize| -> io::Result<Box<dyn Read + Send>> {
+            Ok(Box::new(io::Cursor::new(layer.clone())))
+        };
+        let made = squash(1, 0, &mut open, Compression::None).unwrap();
+        let mut archive = tar::Archive::new(made.file);
+        let entries = archive.entries().unwrap().map(|entry| {
+            let entry = entry.unwrap();
+            let header = entry.header();
+            let kind = header.entry_type().as_byte();
+            (
+                kind,
+                header.mode().unwrap(),
+                header.uid().unwrap(),
+                header.mtime().unwrap(),
+            )
+        });
+        let entries: Vec<_> = entries.collect();
+        assert_eq!(entries, [(b'0', 0o4755, 7, 9), (b'1', 0o4755, 7, 9)]);
     }
 
     /// A program that reads gzip makes of it what was written, and both digests are those of the bytes.
