@@ -82,7 +82,11 @@ pub fn main() -> ExitCode {
 #[cfg(feature = "service")]
 const PLUGINS: [(&str, &[&str]); 2] = [
     ("kubectl-upperdeck", &["kubectl"]),
-    ("kubectl_complete-upperdeck", &["kubectl", "__complete"]),
+    // Flags before the verb are among the words to complete, and not flags of this command line.
+    (
+        "kubectl_complete-upperdeck",
+        &["kubectl", "__complete", "--"],
+    ),
 ];
 #[cfg(not(feature = "service"))]
 const PLUGINS: [(&str, &[&str]); 0] = [];

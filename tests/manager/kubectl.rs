@@ -196,23 +196,28 @@ async fn who_asks_is_said_or_asked_for() -> Outcomes {
 #[tokio::test(flavor = "multi_thread")]
 async fn kubectl_completes_the_words() -> Outcomes {
     let setup = Setup::new().await?;
-    let said = setup
-        .start("kubectl_complete-upperdeck", "TOKEN-alice", &["s"])
-        .await?;
-    assert_eq!(said.out, "save\nsessions\nstatus\n:4\n");
-    let said = setup
-        .start(
-            "kubectl_complete-upperdeck",
-            "TOKEN-alice",
-            &["ls", "-o", ""],
-        )
-        .await?;
-    assert_eq!(said.out, "table\njson\n:4\n");
+    let complete = async |words: &[&str]| {
+        setup
+            .start("kubectl_complete-upperdeck", "TOKEN-alice", words)
+            .await
+    };
+    // What was recorded of a cluster: two pods of the namespace run, and none of the kubeconfig's own one.
+    for (words, candidates) in [
+        (["s"].as_slice(), "save\nsessions\nstatus\n:4\n"),
+        (&["ls", "-o", ""], "table\njson\n:4\n"),
+        (&["save", ""], ":4\n"),
+        (&["save", "-n", LAB, ""], "nb\nnb2\n:4\n"),
+        (&["-n", LAB, "save", "nb2"], "nb2\n:4\n"),
+        (&["--namespace", LAB, "save", "n"], "nb\nnb2\n:4\n"),
+        (&["--namespace", "l"], "lab\n:4\n"),
+        (&["--kubeconfig", ""], ":0\n"),
+    ] {
+        let said = complete(words).await?;
+        assert_eq!(said.out, candidates, "{words:?}: {}", said.err);
+    }
     let asked = ["-n", LAB, "save", "nb2", "--no-wait"];
     let save = setup.run("TOKEN-alice", &asked).await?.out;
-    let said = setup
-        .start("kubectl_complete-upperdeck", "TOKEN-alice", &["cancel", ""])
-        .await?;
+    let said = complete(&["cancel", ""]).await?;
     assert_eq!(said.out, format!("{}\n:4\n", save.trim()));
     setup.manager.stop().await
 }

@@ -82,6 +82,8 @@ impl ApiServer {
                 "/api/v1/namespaces/{namespace}/services/{service}/proxy/{*path}",
                 any(proxy),
             )
+            .route("/api/v1/namespaces", get(names))
+            .route("/api/v1/namespaces/{namespace}/pods", get(names))
             .route("/apis/upperdeck.io/v1alpha1/saves", get(list_saves))
             .route(
                 "/apis/upperdeck.io/v1alpha1/namespaces/{namespace}/saves/{name}",
@@ -308,6 +310,22 @@ async fn proxy(State(cluster): Shared, request: Request) -> Response {
                 .unwrap_or_else(|_| failure(500, "no response"))
         }
         Err(_) => failure(503, "error trying to reach service"),
+    }
+}
+
+/// Lists of names, as they were recorded: pods that run, and namespaces.
+async fn names(uri: axum::http::Uri, headers: HeaderMap) -> Response {
+    let wanted = headers.get("accept").and_then(|kind| kind.to_str().ok());
+    if !wanted.is_some_and(|kind| kind.contains("as=PartialObjectMetadataList")) {
+        return failure(406, "only metadata were recorded");
+    }
+    let recorded = include_str!("../../fixtures/kubernetes/names.jsonl").lines();
+    let found = recorded
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .find(|exchange| exchange["path"] == uri.to_string());
+    match found {
+        Some(exchange) => Json(exchange["response"].clone()).into_response(),
+        None => failure(404, "not recorded"),
     }
 }
 
