@@ -126,7 +126,12 @@ fn run(cli: Cli, descriptors: &[u32]) -> anyhow::Result<()> {
         {
             // The watchdog has to be started before privileges are dropped. A failure is reported when the freeze needs
             // it.
-            watchdog = crate::node::freeze::start_standby().ok();
+            let count = if commit.all_containers {
+                together::MOST
+            } else {
+                1
+            };
+            watchdog = crate::node::freeze::start_standby(count).ok();
         }
         // Before the first thread is created, so that all threads inherit the reduced privileges.
         confine::apply(role);

@@ -14,6 +14,9 @@ use crate::save::event::Observer;
 use crate::save::{self, Pause};
 use crate::store::destination::Target;
 
+/// Maximum number of containers of a pod. Each has a watchdog, which is started before the pod is looked at.
+pub(super) const MOST: usize = 16;
+
 /// A container's name and ID.
 type Named = (String, String);
 
@@ -31,6 +34,13 @@ pub(super) fn commit(roots: &Roots, args: args::Commit, verbose: bool) -> anyhow
     // Before threads are created, because they inherit the background settings of their creator.
     let given = options::Commit::new(args, roots.host_root.as_deref(), &cancel)?;
     let containers = container::of_pod(roots, &pod).map_err(save::Error::from)?;
+    if containers.len() > MOST {
+        let why = format!(
+            "the pod has {} containers, and at most {MOST} are saved at one instant",
+            containers.len()
+        );
+        return Err(Usage(why).into());
+    }
     let mut saves: Vec<(save::Options, Arc<dyn Observer>)> = Vec::new();
     for (name, id) in &containers {
         let mut options = given.options.clone();

@@ -394,3 +394,65 @@ fn an_empty_change_adds_no_layer() -> Result<()> {
     assert_eq!(history.last().context("history")?["empty_layer"], true);
     Ok(())
 }
+
+/// Counts up in /opt/count, one step after the container that is named by the first word, which counts in the same way.
+const COUNT_IN_TURN: &str = r#"
+i=0
+while true; do
+    i=$((i + 1))
+    echo $i > /opt/next; mv /opt/next /opt/count
+    echo $i > /mnt/turn/$0.next; mv /mnt/turn/$0.next /mnt/turn/$0
+    while [ "$(cat /mnt/turn/$1 2> /dev/null || echo 0)" -lt $i ]; do :; done
+done
+"#;
+
+#[test]
+fn all_containers_of_a_pod_are_saved_at_one_instant() -> Result<()> {
+    let Some(lab) = Lab::new(Base::Small, Format::Oci)? else {
+        return Ok(());
+    };
+    let turn = lab.scratch.dir("turn")?;
+    fs::set_permissions(&turn, fs::Permissions::from_mode(0o777))?;
+    let mounts = [(turn.as_path(), "/mnt/turn", false)];
+    let counting =
+        |own: &'static str, other: &'static str| ["/bin/sh", "-c", COUNT_IN_TURN, own, other];
+    let (first, second) = (
+        counting("notebook", "second"),
+        counting("second", "notebook"),
+    );
+    let options = |command| PodOptions {
+        command,
+        mounts: &mounts,
+        ..PodOptions::default()
+    };
+    let pod = lab.containerd.run_pod(&lab.image, &options(&first))?;
+    let other = lab
+        .containerd
+        .add_container(&pod, "second", &lab.image, &options(&second))?;
+    // Both have begun.
+    lab.containerd.shell(
+        &other,
+        "while [ \"$(cat /mnt/turn/second 2> /dev/null || echo 0)\" -lt 5 ]; do sleep 0.05; done",
+    )?;
+    let mut commit = upperdeck("commit", &lab.roots);
+    commit.args(["--progress", "none", "--all-containers"]);
+    commit.args([
+        &format!("jupyter/{}", pod.name),
+        &lab.destination("pods/all"),
+    ]);
+    let said = crate::host::run(&mut commit)?;
+    let references: Vec<&str> = said.lines().collect();
+    assert_eq!(references.len(), 2, "{said}");
+    let mut counts = Vec::new();
+    for (reference, name) in references.iter().zip(["notebook", "second"]) {
+        ensure!(reference.contains(&format!("pods/all/{name}@")), "{said}");
+        let count = unpack(&lab.scratch, reference)?.join("opt/count");
+        counts.push(fs::read_to_string(count)?.trim().parse::<i64>()?);
+    }
+    // One is at most a step ahead of the other.
+    ensure!((counts[0] - counts[1]).abs() <= 1, "{counts:?}");
+    for container in [&pod, &other] {
+        ensure!(!Freezer::of(container.pid)?.frozen());
+    }
+    Ok(())
+}

@@ -4,8 +4,8 @@
 //! a signal to the caller's process group nor the end of its service or pod kills both at once. It holds the read end
 //! of a pipe, whose other end the kernel closes however the caller dies.
 //!
-//! A caller that is about to give up the right to start programs starts a standby watchdog first ([`start_standby`]). That
-//! one reads its orders from the pipe and serves one freeze after another.
+//! A caller that is about to give up the right to start programs starts standby watchdogs first ([`start_standby`]), one for
+//! each freeze that it needs at the same time. They read their orders from the pipe and serve one freeze after another.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -55,56 +55,57 @@ struct Process {
     reusable: bool,
 }
 
-/// The standby watchdog while it guards nothing, or the reason why there is none.
-static STANDBY: Mutex<Standby> = Mutex::new(Standby::None);
+/// The standby watchdogs that guard nothing.
+static STANDBY: Mutex<Standby> = Mutex::new(Standby {
+    idle: Vec::new(),
+    failed: None,
+});
 
 #[derive(Debug)]
-enum Standby {
-    /// No standby was requested, or it is in use.
-    None,
-    Process(Process),
-    /// It could not be started, and a process that has given up its rights can no longer start one.
-    Failed(String),
-}
-
-impl Standby {
-    fn take(&mut self) -> Self {
-        std::mem::replace(self, Self::None)
-    }
+struct Standby {
+    idle: Vec<Process>,
+    /// Why one could not be started: a process that has given up its rights can no longer start one.
+    failed: Option<String>,
 }
 
 fn standby() -> std::sync::MutexGuard<'static, Standby> {
     STANDBY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A standby watchdog, which ends when this is dropped.
+/// The standby watchdogs, which end when this is dropped.
 #[derive(Debug)]
-#[must_use = "the watchdog ends as soon as this is dropped"]
+#[must_use = "the watchdogs end as soon as this is dropped"]
 pub(crate) struct StandbyGuard(());
 
-/// Starts a watchdog for all later freezes of this process, which use it one after another and start no program of
-/// their own.
-pub(crate) fn start_standby() -> Result<StandbyGuard, Error> {
-    match Process::start(&super::Options::default().program, &[], true) {
-        Ok(process) => {
-            *standby() = Standby::Process(process);
-            Ok(StandbyGuard(()))
-        }
-        Err(why) => {
-            // Kept for the freeze, whose own attempt would fail for another reason.
-            *standby() = Standby::Failed(why.clone());
-            Err(failed(why))
+/// Starts watchdogs for all later freezes of this process, of which at most `count` last at the same time. They are used
+/// again and again, and no program is started any more.
+pub(crate) fn start_standby(count: usize) -> Result<StandbyGuard, Error> {
+    let guard = StandbyGuard(());
+    for _ in 0..count {
+        match Process::start(&super::Options::default().program, &[], true) {
+            Ok(process) => standby().idle.push(process),
+            Err(why) => {
+                // Kept for the freeze, whose own attempt would fail for another reason.
+                standby().failed = Some(why.clone());
+                return Err(failed(why));
+            }
         }
     }
+    Ok(guard)
 }
 
 impl Drop for StandbyGuard {
     fn drop(&mut self) {
-        let process = standby().take();
-        if let Standby::Process(mut process) = process {
-            // The watchdog exits at the end of its input. It is waited for so that no zombie remains.
-            drop(process.lifeline);
-            let _ = process.child.wait();
+        let idle = std::mem::take(&mut standby().idle);
+        // A watchdog exits at the end of its input. All are waited for so that no zombie remains.
+        for Process {
+            mut child,
+            lifeline,
+            ..
+        } in idle
+        {
+            drop(lifeline);
+            let _ = child.wait();
         }
     }
 }
@@ -135,12 +136,16 @@ impl Process {
         })
     }
 
-    /// Returns the standby watchdog after sending it `order`, or else starts one with it.
+    /// Returns a standby watchdog after sending it `order`, or else starts one with it.
     fn with_order(program: &Path, order: &[OsString]) -> Result<Self, Error> {
-        let mut process = match standby().take() {
-            Standby::Process(process) => process,
-            Standby::None => return Self::start(program, order, false).map_err(failed),
-            Standby::Failed(why) => return Err(failed(why)),
+        let (idle, why) = {
+            let mut standby = standby();
+            (standby.idle.pop(), standby.failed.clone())
+        };
+        let mut process = match (idle, why) {
+            (Some(process), _) => process,
+            (None, Some(why)) => return Err(failed(why)),
+            (None, None) => return Self::start(program, order, false).map_err(failed),
         };
         let mut text = Vec::new();
         for field in order {
@@ -172,7 +177,7 @@ pub(super) struct Watchdog {
 }
 
 impl Watchdog {
-    /// Starts a watchdog for `group`, or takes the standby one, and waits until it is ready.
+    /// Starts a watchdog for `group`, or takes one on standby, and waits until it is ready.
     pub(super) fn start(
         program: &Path,
         group: &Arc<Group>,
@@ -247,7 +252,7 @@ impl Watchdog {
         let answers = self.guard.take().and_then(|guard| guard.join().ok()?);
         match (self.child.take(), lifeline, answers) {
             (Some(child), Some(lifeline), Some(answers)) if reusable => {
-                *standby() = Standby::Process(Process {
+                standby().idle.push(Process {
                     child,
                     lifeline,
                     answers,

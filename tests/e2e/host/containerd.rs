@@ -180,30 +180,7 @@ impl Containerd {
             .cri("RunPodSandbox", &Message::new().message(1, &sandbox_config))?
             .text(1);
 
-        let mut config = Message::new()
-            .message(1, &Message::new().bytes(1, "notebook").int(2, 0))
-            .message(2, &Message::new().bytes(1, image))
-            .strings(3, options.command)
-            // As the kubelet does: the pod's secrets are passed in the environment.
-            .message(
-                6,
-                &Message::new()
-                    .bytes(1, "POD_SECRET")
-                    .bytes(2, "hunter2-of-the-pod"),
-            );
-        for (key, value) in options.environment {
-            config = config.message(6, &Message::new().bytes(1, key).bytes(2, value));
-        }
-        for (host, inside, read_only) in options.mounts {
-            let host = host.to_str().context("a mount's path is text")?;
-            config = config.message(
-                7,
-                &Message::new()
-                    .bytes(1, inside)
-                    .bytes(2, host)
-                    .int(3, u64::from(*read_only)),
-            );
-        }
+        let config = container_config("notebook", image, options)?;
         let pod = Pod {
             sandbox,
             container: String::new(),
@@ -212,6 +189,20 @@ impl Containerd {
             rootfs: PathBuf::new(),
         };
         self.start_container(pod, config, &sandbox_config)
+    }
+
+    /// Runs another container beside that of a pod.
+    pub fn add_container(
+        &self,
+        pod: &Pod,
+        name: &str,
+        image: &str,
+        options: &PodOptions<'_>,
+    ) -> Result<Pod> {
+        let metadata = Message::new().bytes(1, &pod.name).bytes(3, "jupyter");
+        let sandbox_config = Message::new().message(1, &metadata);
+        let config = container_config(name, image, options)?;
+        self.start_container(pod.clone(), config, &sandbox_config)
     }
 
     /// Runs `image` in a pod whose container has ended, as the kubelet does.
@@ -303,4 +294,33 @@ impl Containerd {
             .join("io.containerd.content.v1.content/blobs/sha256")
             .join(hex)
     }
+}
+
+/// Returns the configuration of a pod's first container of this name.
+fn container_config(name: &str, image: &str, options: &PodOptions<'_>) -> Result<Message> {
+    let mut config = Message::new()
+        .message(1, &Message::new().bytes(1, name).int(2, 0))
+        .message(2, &Message::new().bytes(1, image))
+        .strings(3, options.command)
+        // As the kubelet does: the pod's secrets are passed in the environment.
+        .message(
+            6,
+            &Message::new()
+                .bytes(1, "POD_SECRET")
+                .bytes(2, "hunter2-of-the-pod"),
+        );
+    for (key, value) in options.environment {
+        config = config.message(6, &Message::new().bytes(1, key).bytes(2, value));
+    }
+    for (host, inside, read_only) in options.mounts {
+        let host = host.to_str().context("a mount's path is text")?;
+        config = config.message(
+            7,
+            &Message::new()
+                .bytes(1, inside)
+                .bytes(2, host)
+                .int(3, u64::from(*read_only)),
+        );
+    }
+    Ok(config)
 }
