@@ -222,7 +222,19 @@ fn an_agent_may_what_a_save_needs_and_no_more() -> Outcome {
         .collect();
     assert_eq!(
         written,
-        BTreeSet::from(["/host/sys/fs/cgroup", "/var/lib/upperdeck"])
+        BTreeSet::from([
+            "/host/run/upperdeck",
+            "/host/sys/fs/cgroup",
+            "/var/lib/upperdeck"
+        ])
+    );
+    // An agent that is deleted by force goes on beside its successor: each has to see which containers the other has frozen.
+    let volumes = pod["volumes"].as_array().ok_or("volumes")?;
+    let claims = volumes.iter().find(|v| v["name"] == "claims");
+    let claims = &claims.ok_or("a volume for claims")?["hostPath"];
+    assert_eq!(
+        *claims,
+        serde_json::json!({"path": "/run/upperdeck", "type": "DirectoryOrCreate"})
     );
     // The master key is not in the agent's container.
     assert!(mounts.iter().all(|mount| mount["name"] != "master-key"));
