@@ -7,7 +7,7 @@
 It runs on the cluster's only node, as root, with kubectl and the chart's token Secret. Each session writes a counter to two
 files, one after the other, and to a file that is named by it. An image is right if its digest is the one that was told,
 its blobs are what their digests say, and the counters are of one instant. A save that fails has to say that its session is
-gone, which only sessions that were deleted may say. At the end, nothing is frozen. Exit code 1: something was wrong.
+gone, and then that container does not run. At the end, nothing is frozen. Exit code 1: something was wrong.
 """
 
 import argparse
@@ -103,12 +103,26 @@ class Cluster:
         sys.exit("no manager answers")
 
     def start_sessions(self):
-        there = self.kubectl("get", "pod", "-l", "app=deletions", "-o", "name").split()
-        for number in range(SESSIONS):
-            name = "s%d" % number
-            if "pod/" + name not in there:
-                self.kubectl("apply", "-f", "-", stdin=POD % (name, self.options.session_image))
+        """Makes sure that all sessions run. One that is being deleted has to be gone before it can be made again."""
+        until = time.monotonic() + PATIENCE
+        for name in ("s%d" % number for number in range(SESSIONS)):
+            while time.monotonic() < until:
+                pod = self.kubectl("get", "pod", name, "--ignore-not-found", "-o", "json")
+                if pod and "deletionTimestamp" not in json.loads(pod)["metadata"]:
+                    break
+                if not pod:
+                    self.kubectl("apply", "-f", "-", stdin=POD % (name, self.options.session_image))
+                time.sleep(0.2)
         self.kubectl("wait", "--for=condition=Ready", "pod", "-l", "app=deletions", "--timeout=60s")
+
+    def running(self):
+        """The IDs of the sessions' containers that run and are not being deleted."""
+        found = set()
+        for pod in json.loads(self.kubectl("get", "pod", "-l", "app=deletions", "-o", "json"))["items"]:
+            for container in pod["status"].get("containerStatuses", []):
+                if "running" in container["state"] and "deletionTimestamp" not in pod["metadata"]:
+                    found.add(container["containerID"].split("//")[1])
+        return found
 
     def submit(self, number, tag):
         session = {"namespace": self.options.namespace, "pod": "s%d" % number, "container": "session"}
@@ -208,8 +222,9 @@ def follow(cluster, save):
         time.sleep(0.4)
 
 
-def judge(options, state, actions_of_late):
-    """What is wrong with a save; None if nothing is. A session that was deleted is still listed for some seconds."""
+def judge(cluster, state):
+    """What is wrong with a save; None if nothing is. A session that was deleted is listed until an agent says otherwise."""
+    options = cluster.options
     if state["state"] == "succeeded":
         try:
             repository, tag = state["target"].split("/", 1)[1].rsplit(":", 1)
@@ -217,9 +232,8 @@ def judge(options, state, actions_of_late):
             return None if one_instant(found) else "not of one instant"
         except (AssertionError, OSError, tarfile.TarError) as error:
             return repr(error)
-    gone = {"session pod deleted", "drain"} & set(actions_of_late)
-    if state["state"] == "failed" and state["error"]["code"] == "container_gone" and gone:
-        return None
+    if state["state"] == "failed" and state["error"]["code"] == "container_gone":
+        return "its container runs" if state["session"] in cluster.running() else None
     return json.dumps(state.get("error") or state["state"])
 
 
@@ -228,7 +242,7 @@ def main():
     random.seed(options.seed)
     cluster = Cluster(options)
     choices = actions(cluster, options)
-    done, ends, wrong, rounds, before = {}, {}, [], 0, ""
+    done, ends, wrong, rounds = {}, {}, [], 0
     over = time.monotonic() + options.seconds
     while time.monotonic() < over:
         rounds += 1
@@ -243,7 +257,7 @@ def main():
             state = follow(cluster, save)
             end = " ".join([state["state"], (state.get("error") or {}).get("code", "")]).strip()
             ends[end] = ends.get(end, 0) + 1
-            problem = judge(options, state, [before, name])
+            problem = judge(cluster, state)
             if problem:
                 wrong.append([rounds, name, save, problem])
         stopped = frozen()
@@ -251,7 +265,6 @@ def main():
             # A save or an inspection of this moment may freeze: what stands still for long does not end by itself.
             time.sleep(10)
             wrong += [[rounds, name, "frozen", cgroup] for cgroup in stopped & frozen()]
-        before = name
         print(time.strftime("%T"), rounds, name, ends, "wrong: %d" % len(wrong), flush=True)
     print(json.dumps({"rounds": rounds, "actions": done, "ends": ends, "wrong": wrong}, indent=1))
     return 1 if wrong else 0
