@@ -166,10 +166,27 @@ pub(super) fn is_gone(error: &io::Error) -> bool {
 }
 
 /// Returns whether `proc` shows this program's PID namespace, as it does unless the opposite can be seen.
+///
+/// This program's own status tells it without any right; the namespace of another process cannot always be asked for.
 fn is_own_namespace(proc: &Path) -> bool {
+    let status = fs::read(proc.join("self/status")).ok();
+    if let Some(levels) = status.and_then(|status| levels(&status)) {
+        return levels == 1;
+    }
+    // It is in no namespace that `proc` shows.
     let namespace = |process: &Path| fs::read_link(process.join("ns/pid")).ok();
     let shown = namespace(&proc.join("1"));
     shown.is_none() || shown == namespace(Path::new("/proc/self"))
+}
+
+/// Returns in how many PID namespaces a process has a number, from the one that its procfs shows down to its own, as its
+/// `status` says.
+fn levels(status: &[u8]) -> Option<usize> {
+    let line = status
+        .split(|&b| b == b'\n')
+        .find_map(|line| line.strip_prefix(b"NSpid:"))?;
+    let numbers = line.split(u8::is_ascii_whitespace);
+    Some(numbers.filter(|number| !number.is_empty()).count())
 }
 
 fn pids_naming(proc: &Path, version: Version, cgroup: &Path) -> Result<HashSet<u32>, Error> {
@@ -248,4 +265,53 @@ fn read_pids(dir: &Path, pids: &mut HashSet<u32>) -> Result<(), Error> {
 fn is_removed(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound
         || error.raw_os_error() == Some(rustix::io::Errno::NODEV.raw_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_namespace_of_a_procfs_is_told_by_the_own_status() {
+        let dir = tempfile::tempdir().unwrap();
+        let says = |text: &str| {
+            fs::create_dir_all(dir.path().join("self")).unwrap();
+            fs::write(dir.path().join("self/status"), text).unwrap();
+            is_own_namespace(dir.path())
+        };
+        assert!(is_own_namespace(dir.path()), "nothing can be seen");
+        assert!(says("Name:\tupperdeck\nNSpid:\t4711\nNSpgid:\t4711\n"));
+        // The node's, seen from a pod without hostPID.
+        assert!(!says(
+            "Name:\tupperdeck\nNSpid:\t25227\t8\nNSpgid:\t25227\t8\n"
+        ));
+        assert!(is_own_namespace(Path::new("/proc")));
+    }
+
+    #[test]
+    fn members_are_those_that_name_the_cgroup_where_numbers_are_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        write("self/status", "NSpid:\t25227\t8\n");
+        // PID 1 is not asked: its namespace cannot be read without more rights than it has.
+        write("1/cgroup", "0::/\n");
+        write("25300/cgroup", "0::/kubepods/pod1/c1\n");
+        write("25301/cgroup", "0::/kubepods/pod1/c1/inner\n");
+        write("25302/cgroup", "0::/kubepods/pod1/c10\n");
+        write("group/cgroup.freeze", "0\n");
+        write("group/cgroup.events", "populated 1\nfrozen 0\n");
+        write("group/cgroup.procs", "0\n0\n");
+        let group = Group::open_named(
+            Version::V2,
+            dir.path().join("group"),
+            PathBuf::from("/kubepods/pod1/c1"),
+        )
+        .unwrap();
+        let found = members(dir.path(), &group).unwrap();
+        assert_eq!(found, HashSet::from([25300, 25301]));
+    }
 }

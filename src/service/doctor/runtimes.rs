@@ -172,11 +172,26 @@ fn proc_of(roots: &Roots, purpose: Purpose) -> Finding {
         fs::read_link(process.join("ns/pid")).is_ok_and(|link| link == Path::new(FIRST_NAMESPACE))
     };
     judge_proc(
-        is_first("/proc/self".into()) || is_first(proc.join("1")),
+        is_first("/proc/self".into()) || is_first(proc.join("1")) || has_kernel_threads(&proc),
         proc.join("1/status").exists(),
         roots.host_root.is_some(),
         purpose,
     )
+}
+
+/// Returns whether a procfs shows kernel threads, which only the node's own PID namespace has. The namespace of process 1
+/// cannot always be asked for.
+fn has_kernel_threads(proc: &Path) -> bool {
+    /// `PF_KTHREAD` of `include/linux/sched.h`.
+    const KERNEL_THREAD: u64 = 0x0020_0000;
+    // The first one, kthreadd. Its flags are field 9, the seventh after the name in parentheses (proc_pid_stat(5)).
+    let Ok(stat) = fs::read_to_string(proc.join("2/stat")) else {
+        return false;
+    };
+    let after_name = stat.rsplit_once(')').map(|(_, rest)| rest);
+    let flags =
+        after_name.and_then(|rest| rest.split_ascii_whitespace().nth(6)?.parse::<u64>().ok());
+    flags.is_some_and(|flags| flags & KERNEL_THREAD != 0)
 }
 
 fn judge_proc(first: bool, readable: bool, host_root: bool, purpose: Purpose) -> Finding {
@@ -212,6 +227,20 @@ mod tests {
             path: "/var/lib/x".into(),
             listed,
         }
+    }
+
+    #[test]
+    fn kernel_threads_tell_the_nodes_own_procfs() {
+        let dir = tempfile::tempdir().unwrap();
+        let says = |stat: &str| {
+            fs::create_dir_all(dir.path().join("2")).unwrap();
+            fs::write(dir.path().join("2/stat"), stat).unwrap();
+            has_kernel_threads(dir.path())
+        };
+        assert!(!has_kernel_threads(dir.path()));
+        assert!(says("2 (kthreadd) S 0 0 0 0 -1 2129984 0 0 0 0 0 4 0\n"));
+        // A process of a container that has chosen its name.
+        assert!(!says("2 (kthreadd) S 0 0 0 0 -1 4194560 0 0 0 0 0 4 0\n"));
     }
 
     #[test]
