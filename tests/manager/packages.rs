@@ -2,7 +2,7 @@
 
 use reqwest::{Method, StatusCode};
 use serde_json::json;
-use upperdeck::image::packages::{ChangeKind, Manager, PackageChange, Packages};
+use upperdeck::image::packages::{ChangeKind, Manager, PackageChange, Packages, Program};
 use upperdeck::service::job::JobId;
 
 use crate::site::{Agent, Outcomes, Site, Who, ask, get, id, session};
@@ -37,12 +37,20 @@ async fn save(
 #[tokio::test(flavor = "multi_thread")]
 async fn packages_are_listed_compared_and_searched() -> Outcomes {
     let mut one = session(1, Some("alice"));
-    one.packages = Some(list(&[("numpy", "2.1")]));
+    one.packages = Some(Packages {
+        programs: vec![Program {
+            name: "tini".to_owned(),
+            path: Some("/usr/bin/tini".to_owned()),
+            mounted: false,
+        }],
+        ..list(&[("numpy", "2.1")])
+    });
     let (site, manager, agent) = Site::at_work(&[one, session(2, Some("alice"))]).await?;
     let at = manager.address;
     let session = format!("/api/v1/sessions/{}/packages", id(1));
     let told = get(at, Who::Alice, &session).await?;
     assert_eq!(told["packages"][0]["name"], "numpy");
+    assert_eq!(told["programs"][0]["path"], "/usr/bin/tini");
     assert_eq!((&told["more"], &told["since"]), (&json!(0), &json!(null)));
     let other = format!("/api/v1/sessions/{}/packages", id(2));
     let (status, _) = ask(at, Who::Alice, Method::GET, &other, None).await?;

@@ -205,7 +205,7 @@ fn thousands_of_packages_and_what_tenants_name_them_are_bounded_and_text() -> Ou
                 reason: "x".repeat(500),
             }],
             unread_more: 4,
-            notes: vec![],
+            ..Packages::default()
         };
         list.packages[0].name = hostile.to_owned();
         list.packages[1].version = Some("9".repeat(256));

@@ -10,6 +10,8 @@ use crate::common::escape;
 
 /// Maximum number of unread files and of notes in a list that is sent.
 const MAX_TOLD: usize = 20;
+/// Maximum number of programs in a list that came from elsewhere.
+const MAX_PROGRAMS: usize = 4;
 
 /// How a package differs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -53,6 +55,18 @@ pub struct Unread {
     pub reason: String,
 }
 
+/// A program by which a session is started, looked for in the image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "service", derive(utoipa::ToSchema))]
+pub struct Program {
+    /// Its name or path, as the session's command has it.
+    pub name: String,
+    /// Where it is in the image; absent if it is not there, or cannot be executed.
+    pub path: Option<String>,
+    /// Whether it may be in a directory that is mounted over the image instead, e.g. a volume.
+    pub mounted: bool,
+}
+
 /// A bounded list of packages that differ.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "service", derive(utoipa::ToSchema))]
@@ -67,6 +81,10 @@ pub struct Packages {
     pub unread_more: u64,
     /// What else limits the list, as sentences.
     pub notes: Vec<String>,
+    /// The programs by which the session was started: the first of its command, and `jupyterhub-singleuser` if a
+    /// JupyterHub started it by that. Empty for an image, and where they could not be looked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub programs: Vec<Program>,
 }
 
 /// Name and versions of a package before and after.
@@ -219,6 +237,11 @@ impl Packages {
         }
         list.notes.truncate(MAX_TOLD);
         list.notes = list.notes.iter().map(short).collect();
+        list.programs.truncate(MAX_PROGRAMS);
+        for program in &mut list.programs {
+            program.name = short(&program.name);
+            program.path = program.path.as_ref().map(short);
+        }
         list
     }
 

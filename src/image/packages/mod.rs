@@ -14,7 +14,7 @@ mod parse;
 
 use serde::{Deserialize, Serialize};
 
-pub use changes::{ChangeKind, PackageChange, Packages, Unread};
+pub use changes::{ChangeKind, PackageChange, Packages, Program, Unread};
 pub use files::metadata_file;
 pub(crate) use files::{MetadataFile, is_installed_at};
 pub use installed::{Installed, TOTAL_BYTES};

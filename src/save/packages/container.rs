@@ -9,7 +9,7 @@ use std::sync::Arc;
 use rustix::fs::{FileType, Stat};
 use tokio_util::sync::CancellationToken;
 
-use super::{ASKED, ASKED_BYTES};
+use super::{ASKED, ASKED_BYTES, programs};
 use crate::image::packages::{Installed, MetadataFile, Packages, is_installed_at, metadata_file};
 use crate::layer::scan::{Entry, Kind, Scan};
 use crate::node::container::Container;
@@ -37,7 +37,7 @@ pub(in crate::save) async fn of_save(
 ) -> Result<Packages, Error> {
     let (container, scans) = (container.clone(), scans.to_vec());
     let cancel = context.cancel.clone();
-    let listed = tokio::task::spawn_blocking(move || of(&container.overlay, &scans, &cancel));
+    let listed = tokio::task::spawn_blocking(move || with_programs(&container, &scans, &cancel));
     let listed = listed.await.map_err(|_| Error::Worker)??;
     Ok(listed.limited(LISTED, LISTED_BYTES))
 }
@@ -48,7 +48,17 @@ pub(crate) fn asked(
     scans: &[Arc<Scan>],
     cancel: &CancellationToken,
 ) -> Result<Packages, Error> {
-    Ok(of(&container.overlay, scans, cancel)?.limited(ASKED, ASKED_BYTES))
+    Ok(with_programs(container, scans, cancel)?.limited(ASKED, ASKED_BYTES))
+}
+
+fn with_programs(
+    container: &Container,
+    scans: &[Arc<Scan>],
+    cancel: &CancellationToken,
+) -> Result<Packages, Error> {
+    let mut packages = of(&container.overlay, scans, cancel)?;
+    packages.programs = programs::of(container);
+    Ok(packages)
 }
 
 /// Returns the packages by which `scans` (one for each tree of the container) differ from the base. What cannot be read

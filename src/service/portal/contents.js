@@ -49,4 +49,4 @@ export function outside(session) {
 }
 
 /** The last part of an image's name, for where there is little room. */
-export const short = (image) => image.slice(image.lastIndexOf("/") + 1);
+export const short = (image) => image.slice(image.lastIndexOf("/") + 1).replace(/(@sha256:[0-9a-f]{12})[0-9a-f]{52}$/, "$1…");
