@@ -16,12 +16,16 @@ _SERVER = "access:servers!server="
 
 @dataclass(frozen=True)
 class Server:
-    """A running server of the hub. `session` is what the manager knows it by; `None`: the spawner does not say."""
+    """A running server of the hub.
+
+    `session` is what the manager knows it by; `None`: the spawner does not say. `image_name` is the name of the saved
+    image that it was started from.
+    """
 
     user: str
     name: str
     session: str | Json | None
-    home: str | None = None
+    image_name: str | None = None
 
     @property
     def owner(self) -> str:
@@ -58,7 +62,8 @@ async def running_server(auth: HubAuth, user: str, name: str) -> Server | None:
         return None
     state = server.get("state") or {}
     kept = state.get("upperdeck")
-    session = kept.get("session") if isinstance(kept, dict) else None
+    kept = kept if isinstance(kept, dict) else {}
+    session = kept.get("session")
     if session is None and state.get("pod_name"):
         session = {
             "namespace": state.get("namespace"),
@@ -67,4 +72,4 @@ async def running_server(auth: HubAuth, user: str, name: str) -> Server | None:
         }
     if session is None:
         session = state.get("object_id")
-    return Server(user, name, session)
+    return Server(user, name, session, kept.get("image_name"))

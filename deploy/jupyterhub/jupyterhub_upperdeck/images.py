@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field, replace
 
-from .manager import Json, Manager, Problem, path
+from .manager import PAGE, Json, Manager, Problem, path
 from .starting import Judgement, judge_packages
 from .text import date, shorten, size
+from .words import Words
 
 KEY_PREFIX = "saved-"
 """Beginning of the key by which a form or a request names a saved image. No reference begins so."""
 _CONCURRENT = 8
 _NAMED = 5
+_LISTED_S = 10.0
+_PACKAGES_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -47,31 +51,36 @@ class SavedImage:
         return f"{self.repository}@{self.digest}"
 
     @property
+    def references(self) -> list[str]:
+        """All that name it: by its digest, and by its tags."""
+        return [self.reference, *(f"{self.repository}:{tag}" for tag in self.tags)]
+
+    @property
     def title(self) -> str:
         """Name and tag for people."""
         name = f"{self.name}:{self.tags[0]}" if self.tags else self.name
         return f"{name} ({self.owner})" if self.shared else name
 
-    @property
-    def added(self) -> str:
-        """The packages that its base does not have in this version, a few by name."""
+    def added(self, words: Words) -> str:
+        """Returns the packages that its base does not have in this version, a few by name."""
         found = (self.packages or {}).get("packages", [])
         new = [one for one in found if one.get("change") in ("added", "changed")]
         named = [f"{one.get('name', '')} {one.get('version') or ''}".strip() for one in new]
         # What a user installs is of interest before what the distribution brings.
         listed = [shorten(name, 60) for name in named[:_NAMED]]
         more = len(named) - len(listed) + int((self.packages or {}).get("more", 0) or 0)
-        return ", ".join(listed) + (f" and {more} more" if more > 0 else "")
+        packages = ", ".join(listed)
+        return words("more", packages=packages, count=more) if more > 0 else packages
 
-    @property
-    def details(self) -> list[str]:
-        """What is said of it besides its name, as short texts."""
+    def details(self, words: Words) -> list[str]:
+        """Returns what is said of it besides its name, as short texts."""
+        added = self.added(words)
         parts = [
             date(self.changed),
             size(self.bytes),
             "GPU" if self.gpu else "CPU",
-            f"shared by {self.owner}" if self.shared else "",
-            f"added: {self.added}" if self.added else "",
+            words("shared_by", owner=self.owner) if self.shared else "",
+            words("added", packages=added) if added else "",
         ]
         return [part for part in parts if part]
 
@@ -104,52 +113,65 @@ def _read(entry: Json, shared: bool) -> SavedImage | None:
     )
 
 
-async def saved_images(
-    manager: Manager, owner: str, *, groups: Iterable[str] = (), most: int = 500
-) -> list[SavedImage]:
-    """Returns the images that ``owner`` saved, then those that others share with ``owner``, each the newest first.
-
-    Fails with :class:`Problem`.
-    """
-    groups = list(groups)
-    own, shared = await asyncio.gather(
-        manager.every(path("images"), "images", owner, query={"sort": "updated"}, most=most),
-        manager.every(path("shared"), "images", owner, groups=groups, most=most),
-    )
-    found = []
-    for entries, theirs in ((own, False), (shared, True)):
-        read = [image for image in (_read(entry, theirs) for entry in entries) if image]
+async def _own(manager: Manager, owner: str, most: int | None = None) -> AsyncIterator[SavedImage]:
+    """Gives the images that ``owner`` saved, the newest first; all, or the first ``most``."""
+    count = 0
+    async for entry in manager.entries(path("images"), "images", owner, query={"sort": "updated"}, limit=most or PAGE):
+        image = _read(entry, shared=False)
         # The manager sees to this, too; a list that it sends by mistake must not become an offer.
-        read = [image for image in read if theirs or image.owner == owner]
-        found += sorted(read, key=lambda image: image.changed, reverse=True)
-    return found
+        if image is not None and image.owner == owner:
+            yield image
+        count += 1
+        if count == most:
+            return
+
+
+async def _shared(manager: Manager, owner: str, groups: Iterable[str]) -> AsyncIterator[SavedImage]:
+    """Gives the images that others share with ``owner``."""
+    async for entry in manager.entries(path("shared"), "images", owner, groups=groups):
+        image = _read(entry, shared=True)
+        if image is not None:
+            yield image
+
+
+async def saved_images(manager: Manager, owner: str, *, groups: Iterable[str] = (), most: int) -> list[SavedImage]:
+    """Returns the images that ``owner`` saved, then those that others share with ``owner``.
+
+    Each the newest first, and at most ``most``. Fails with :class:`Problem`, also if the manager is slow: a page waits
+    for this.
+    """
+    try:
+        async with asyncio.timeout(_LISTED_S):
+            own = [image async for image in _own(manager, owner, most)]
+            shared = [image async for image in _shared(manager, owner, groups)]
+    except TimeoutError as error:
+        raise Problem.unavailable(f"the image manager did not respond within {_LISTED_S:.0f} s") from error
+    newest = sorted(shared, key=lambda image: image.changed, reverse=True)
+    return own + newest[:most]
 
 
 async def with_packages(manager: Manager, owner: str, images: list[SavedImage]) -> list[SavedImage]:
-    """Returns the images with the packages that were added, where the manager tells ``owner``."""
+    """Returns the images with the packages that were added, where the manager tells ``owner``, and soon."""
     places = asyncio.Semaphore(_CONCURRENT)
+    found: dict[str, Json] = {}
 
-    async def look(image: SavedImage) -> SavedImage:
-        if image.save is None or image.shared:
-            return image
+    async def look(save: str) -> None:
         async with places:
-            try:
-                found = await manager.call("GET", path("saves", image.save, "packages"), owner)
-            except Problem:
-                # A save without a list, e.g. of an earlier version: the image can be started all the same.
+            # A save without a list, e.g. of an earlier version: the image can be started all the same.
+            with contextlib.suppress(Problem):
+                found[save] = await manager.call("GET", path("saves", save, "packages"), owner)
+
+    saves = {image.save for image in images if image.save is not None and not image.shared}
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_PACKAGES_S):
+            await asyncio.gather(*map(look, saves))
+    return [replace(image, packages=found.get(image.save)) if image.save else image for image in images]
+
+
+async def find(manager: Manager, owner: str, named: str, *, groups: Iterable[str] = ()) -> SavedImage | None:
+    """Returns the image that a form or a request names by its key or a reference, if ``owner`` may start it now."""
+    for images in (_own(manager, owner), _shared(manager, owner, groups)):
+        async for image in images:
+            if named == image.key or named in image.references:
                 return image
-        return replace(image, packages=found)
-
-    return list(await asyncio.gather(*map(look, images)))
-
-
-async def find(manager: Manager, owner: str, key: str, *, groups: Iterable[str] = ()) -> SavedImage | None:
-    """Returns the image that a form or a request names, if ``owner`` may start it now."""
-    images = await saved_images(manager, owner, groups=groups)
-    return next((image for image in images if image.key == key), None)
-
-
-async def permitted(manager: Manager, owner: str, reference: str, *, groups: Iterable[str] = ()) -> SavedImage | None:
-    """Returns the image with this reference, if ``owner`` may start it now."""
-    images = await saved_images(manager, owner, groups=groups)
-    return next((image for image in images if image.reference == reference), None)
+    return None

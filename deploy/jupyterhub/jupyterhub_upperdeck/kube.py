@@ -8,9 +8,10 @@ from kubespawner import KubeSpawner
 from tornado import web
 from traitlets import Any as AnyTrait
 
-from .images import SavedImage
+from .images import KEY_PREFIX, SavedImage
 from .manager import Problem
-from .spawner import UpperdeckMixin
+from .spawner import IMAGE_OPTION, UpperdeckMixin
+from .words import words_of
 
 
 class UpperdeckKubeSpawner(UpperdeckMixin, KubeSpawner):
@@ -26,23 +27,40 @@ class UpperdeckKubeSpawner(UpperdeckMixin, KubeSpawner):
     def _options_from_form(self, formdata: dict[str, list[Any]]) -> dict[str, Any]:
         form = dict(formdata)
         chosen = self.upperdeck_chosen(form)
+        if image := form.pop(IMAGE_OPTION, None):
+            chosen[IMAGE_OPTION] = str(image[0])
         return {**super()._options_from_form(form), **chosen}
 
     async def load_user_options(self) -> None:
         self.upperdeck_started()
+        await self._resolve_profile()
         await super().load_user_options()
         # Once more for the image itself: a profile of the site may let users write one.
         image = await self.upperdeck_check(str(self.image))
         if image is not None:
             await self._add_pull_secret(image)
 
+    async def _resolve_profile(self) -> None:
+        """Looks up the saved image that the user chose by a profile, or that a link names by its reference."""
+        options: dict[str, Any] = self.user_options
+        profile, image = options.get("profile"), options.get(IMAGE_OPTION)
+        if profile:
+            if isinstance(profile, str) and profile.startswith(KEY_PREFIX):
+                await self.upperdeck_resolve(profile)
+        elif image:
+            if not self.upperdeck_is_saved(image):
+                raise web.HTTPError(400, words_of(self)("image_not_offered"))
+            options["profile"] = (await self.upperdeck_resolve(image)).key
+
     async def _add_pull_secret(self, image: SavedImage) -> None:
         if self.upperdeck_pull_secrets is None:
             return
+        if self.enable_user_namespaces:
+            await self._ensure_namespace()
         try:
             name = await self.upperdeck_pull_secrets.ensure(self, image)
         except Problem as problem:
-            raise web.HTTPError(503, f"The saved image cannot be pulled: {problem}") from problem
+            raise web.HTTPError(503, words_of(self)("image_unpulled", reason=problem)) from problem
         known: list[dict[str, Any]] = list(self.image_pull_secrets or [])
         others = [one for one in known if one.get("name") != name]
         self.image_pull_secrets: Any = [*others, {"name": name}]

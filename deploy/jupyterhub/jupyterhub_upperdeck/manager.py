@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote, urlencode
@@ -17,7 +17,8 @@ Json = dict[str, Any]
 
 CONNECT_S = 5.0
 REQUEST_S = 30.0
-_MAX_PAGES = 20
+PAGE = 500
+_MAX_PAGES = 100
 _MAX_REPLY = 32 << 20
 
 
@@ -155,7 +156,7 @@ class Manager:
             return cast(Json, said) if isinstance(said, dict) else {}
         raise Problem(response.code, said if isinstance(said, dict) else {})
 
-    async def every(
+    async def entries(
         self,
         where: str,
         name: str,
@@ -163,35 +164,27 @@ class Manager:
         *,
         groups: Iterable[str] = (),
         query: Mapping[str, str | int | None] | None = None,
-        most: int = 1000,
-    ) -> list[Json]:
-        """Returns the entries of a list, at most ``most`` of them; ``name`` is their name in a page."""
-        entries: list[Json] = []
+        limit: int = PAGE,
+    ) -> AsyncIterator[Json]:
+        """Gives the entries of a list, by pages of ``limit`` as they are needed; ``name`` is their name in a page."""
         cursor: str | None = None
         groups = list(groups)
         for _ in range(_MAX_PAGES):
-            page = await self.call(
-                "GET",
-                where,
-                owner,
-                groups=groups,
-                query={**(query or {}), "limit": min(500, most), "cursor": cursor},
-            )
-            entries += [entry for entry in page.get(name, []) if isinstance(entry, dict)]
+            asked = {**(query or {}), "limit": limit, "cursor": cursor}
+            page = await self.call("GET", where, owner, groups=groups, query=asked)
+            for entry in page.get(name, []):
+                if isinstance(entry, dict):
+                    yield entry
             cursor = page.get("next")
-            if cursor is None or len(entries) >= most:
-                break
-        return entries[:most]
-
-    async def sessions(self, owner: str) -> list[Json]:
-        """Returns the running sessions of ``owner``."""
-        sessions = await self.every(path("sessions"), "sessions", owner)
-        # One that has ended, and is still on its node's disk, is not the server that runs now.
-        return [session for session in sessions if session.get("ended") is None]
+            if cursor is None:
+                return
 
     async def session(self, owner: str, which: str | Json) -> Json | None:
         """Returns the session that the hub knows as ``which``: an ID or name, or namespace and pod."""
-        for session in await self.sessions(owner):
+        async for session in self.entries(path("sessions"), "sessions", owner):
+            # One that has ended, and is still on its node's disk, is not the server that runs now.
+            if session.get("ended") is not None:
+                continue
             if isinstance(which, str):
                 same = session.get("id") == which
             else:

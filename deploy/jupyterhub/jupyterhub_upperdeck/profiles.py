@@ -11,15 +11,16 @@ from .manager import Json, Manager, Problem
 from .owner import owner_of
 from .spawner import groups_of, warnings
 from .text import markup
+from .words import Words, english, words_of
 
 Override = Mapping[str, Any]
 
 
-def profile(image: SavedImage, overrides: Mapping[str, Override]) -> Json:
+def profile(image: SavedImage, overrides: Mapping[str, Override], words: Words = english) -> Json:
     """Returns the profile of a saved image. KubeSpawner's template does not escape, so the texts are escaped here."""
     category = "gpu" if image.gpu else "cpu"
-    parts = [markup(image.message, 200), markup(" · ".join(image.details), 300)]
-    parts += [markup(text, 400) for text in warnings(image)]
+    parts = [markup(image.message, 200), markup(" · ".join(image.details(words)), 300)]
+    parts += [markup(text, 400) for text in warnings(image, words)]
     override = copy.deepcopy(dict(overrides.get(category, {})))
     override["image"] = image.reference
     return {
@@ -52,26 +53,29 @@ def profile_list(
         raise ValueError(f"overrides: {sorted(unknown)} are not among cpu, gpu")
 
     async def of(spawner: Any) -> list[Json]:
+        words = words_of(spawner)
         found = base(spawner) if callable(base) else base
         profiles = copy.deepcopy(list(await found if hasattr(found, "__await__") else found))
         if not profiles:
-            profiles = [{"display_name": "The hub's image", "slug": "hub", "default": True}]
+            profiles = [{"display_name": words("hub_image"), "slug": "hub", "default": True}]
         owner = owner_of(spawner.user.name)
         try:
             used = manager or spawner.upperdeck_manager
-            images = await saved_images(used, owner, groups=groups_of(spawner))
-            own = [image for image in images if not image.shared][:most]
-            shared = [image for image in images if image.shared][:most]
-            images = await with_packages(used, owner, own + shared)
+            images = await saved_images(used, owner, groups=groups_of(spawner), most=most)
+            chosen = getattr(spawner, "upperdeck_chosen_image", None)
+            if chosen is not None and chosen.key not in [image.key for image in images]:
+                # Older than those that are shown, and named by a link.
+                images.append(chosen)
+            images = await with_packages(used, owner, images)
         except Problem as problem:
             # The site's own profiles can be started without the manager.
             spawner.log.warning("Saved images of %s cannot be listed: %s", spawner.user.name, problem)
-            note = f"Your saved images cannot be listed at present: {markup(problem, 300)}"
+            note = markup(words("image_unlisted", reason=problem), 400)
             first = profiles[0]
             first["description"] = "<br>".join(filter(None, [first.get("description", ""), note]))
             return profiles
         if not any(one.get("default") for one in profiles):
             profiles[0]["default"] = True
-        return profiles + [profile(image, resources) for image in images]
+        return profiles + [profile(image, resources, words) for image in images]
 
     return of

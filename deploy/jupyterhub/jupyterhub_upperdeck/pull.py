@@ -46,7 +46,10 @@ class HarborRobots:
     async def _call(self, method: str, target: str, body: dict[str, Any] | None = None) -> HTTPResponse:
         if self._client is None:
             self._client = client()
-        user, _, password = self._file.read_text().strip().partition(":")
+        try:
+            user, _, password = self._file.read_text().strip().partition(":")
+        except OSError as error:
+            raise Problem.unavailable(f"the account that makes robots cannot be read: {error}") from error
         request = HTTPRequest(
             f"{self.url}/api/v2.0/{target}",
             method=method,
@@ -92,10 +95,12 @@ class HarborRobots:
         if found.code != 200:
             raise Problem.unavailable(f"Harbor does not show the project {project}: HTTP status {found.code}")
         number = int(json.loads(found.body)["project_id"])
-        query = urlencode({"q": f"Level=project,ProjectID={number},name={name}", "page_size": 100})
+        # Not an exact match, because Harbor keeps the name with that of the project before it.
+        query = urlencode({"q": f"Level=project,ProjectID={number},name=~{name}", "page_size": 100})
         listed = await self._call("GET", f"robots?{query}")
-        for robot in json.loads(listed.body) if listed.code == 200 else []:
-            # The query is no exact match of the name in all versions.
+        if listed.code != 200:
+            raise Problem.unavailable(f"Harbor does not list the robots of {project}: HTTP status {listed.code}")
+        for robot in json.loads(listed.body):
             if str(robot.get("name", "")).endswith(f"+{name}"):
                 await self._call("DELETE", f"robots/{int(robot['id'])}")
 
@@ -112,7 +117,11 @@ class PullSecrets:
         Fails with :class:`Problem`.
         """
         key = secret_key(spawner.user.name, spawner.name)
-        user, password = await self.credentials.make(key, image)
+        try:
+            user, password = await self.credentials.make(key, image)
+        except (ValueError, KeyError, TypeError) as error:
+            # A reply that is none of Harbor's, e.g. of a proxy before it.
+            raise Problem.unavailable(f"no credential can be made: {type(error).__name__}: {error}") from error
         name = f"upperdeck-pull-{key}"
         await write_secret(spawner, secret(name, image.repository.split("/")[0], user, password))
         return name

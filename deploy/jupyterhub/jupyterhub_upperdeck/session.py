@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.parse import quote
 
 from .hub import Server, running_server, server_of
 from .images import saved_images
@@ -87,6 +88,8 @@ class SessionHandler(OwnSession):
             packages: Json | None = await self.call("GET", path("sessions", str(session["id"]), "packages"))
         except Problem:
             packages = None
+        if self.server.image_name:
+            session = {**session, "suggested_name": self.server.image_name}
         latest = await self.call("GET", path("saves"), query={"session": str(session["id"]), "limit": 1})
         home = self.get_query_argument("home", "")
         judged = judge_session(session, packages, hub_version=self.settings["hub_version"], home=home[:4096] or None)
@@ -99,10 +102,16 @@ class SessionHandler(OwnSession):
                 "packages": packages,
                 "start": judged.as_json(),
                 "save": next(iter(latest.get("saves", [])), None),
-                "spawn": f"{self.settings['hub_prefix']}spawn/{self.server.user}/{self.server.name}".rstrip("/"),
+                "spawn": spawn_page(self.settings["hub_prefix"], self.server),
                 "portal": self.settings["prefix"],
             }
         )
+
+
+def spawn_page(hub_prefix: str, server: Server) -> str:
+    """Returns the path of the page on which a server is started."""
+    parts = (server.user, server.name) if server.name else (server.user,)
+    return f"{hub_prefix}spawn/" + "/".join(quote(part, safe="@") for part in parts)
 
 
 class SavesHandler(OwnSession):

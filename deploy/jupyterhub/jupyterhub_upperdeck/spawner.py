@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tornado import web
-from traitlets import Bool, Enum, Float, Unicode, default
+from traitlets import Bool, Enum, Float, TraitError, Unicode, default, validate
 from traitlets.config import LoggingConfigurable
 
-from .images import KEY_PREFIX, SavedImage, find, permitted, saved_images, with_packages
+from .images import KEY_PREFIX, SavedImage, find, saved_images, with_packages
 from .keys import AUDIENCE, ISSUER, Signer
 from .manager import Json, Manager, Problem
 from .owner import VARIABLE, owner_of
-from .stopping import Outcome, save_before_stop
+from .stopping import Outcome, not_saved, save_before_stop
 from .text import markup
+from .words import Words, english, words_of
 
 FIELD = "upperdeck_save_on_stop"
 """Field of the form, and key of ``user_options``: whether the user wants a save before the server stops."""
@@ -82,6 +84,9 @@ class UpperdeckMixin(_Base):
 
     _saves_on_stop: bool | None = None
     _last_stop: Outcome | None = None
+    _image_name: str | None = None
+    upperdeck_chosen_image: SavedImage | None = None
+    """The saved image that the server is started from, once it was checked."""
 
     @default("upperdeck_manager_url")
     def _default_manager_url(self) -> str:
@@ -139,7 +144,7 @@ class UpperdeckMixin(_Base):
 
     def get_state(self) -> Json:
         state: Json = super().get_state()
-        kept: Json = {"saves_on_stop": self._saves_on_stop}
+        kept: Json = {"saves_on_stop": self._saves_on_stop, "image_name": self._image_name}
         if self._last_stop:
             kept["last_stop"] = self._last_stop.as_json()
         session = self.upperdeck_session()
@@ -155,6 +160,8 @@ class UpperdeckMixin(_Base):
             self._last_stop = Outcome.read(kept.get("last_stop"))
             chosen = kept.get("saves_on_stop")
             self._saves_on_stop = chosen if isinstance(chosen, bool) else None
+            name = kept.get("image_name")
+            self._image_name = name if isinstance(name, str) else None
 
     # --- saving on stop
 
@@ -178,18 +185,22 @@ class UpperdeckMixin(_Base):
         session = self.upperdeck_session()
         if session is None:
             return None
-        self._last_stop = Outcome.now(False, "Not saved: the hub ended while it waited for the save.")
+        self._last_stop = Outcome.now(False, ("interrupted", {}))
         try:
             self._last_stop = await save_before_stop(
-                self.upperdeck_manager, self.upperdeck_owner, session, bound=self.save_on_stop_bound
+                self.upperdeck_manager,
+                self.upperdeck_owner,
+                session,
+                bound=self.save_on_stop_bound,
+                name=self._image_name,
             )
         except Problem as problem:
-            self._last_stop = Outcome.now(False, f"Not saved: {problem}")
+            self._last_stop = Outcome.now(False, not_saved(str(problem)))
         except Exception as error:
             # A stop has to end in a stop, whatever a reply of the manager looks like.
             self.log.exception("Saving %s before its stop failed", self._log_name)
-            self._last_stop = Outcome.now(False, f"Not saved: {type(error).__name__}")
-        self.log.info("Stop of %s: %s", self._log_name, self._last_stop.text)
+            self._last_stop = Outcome.now(False, not_saved(type(error).__name__))
+        self.log.info("Stop of %s: %s", self._log_name, self._last_stop.text())
         return self._last_stop
 
     # --- the images that may be started
@@ -199,23 +210,39 @@ class UpperdeckMixin(_Base):
         """The beginning of the references of all saved images."""
         return str(self.upperdeck_target).partition("{user}")[0]
 
+    @validate("upperdeck_target")
+    def _validate_target(self, proposal: Any) -> str:
+        # Without this, the images of others would be images like any other.
+        target = str(proposal["value"])
+        if target and (not target.partition("{user}")[0] or "{user}" not in target):
+            raise TraitError(f"upperdeck_target is the manager's --target, HOST/…{{user}}…, and not {target!r}")
+        return target
+
     async def upperdeck_images(self, most: int = 30) -> list[SavedImage]:
         """Returns the images that the user may start, with their packages. Fails with :class:`Problem`."""
         manager = self.upperdeck_manager
-        found = await saved_images(manager, self.upperdeck_owner, groups=groups_of(self))
-        own = [image for image in found if not image.shared][:most]
-        shared = [image for image in found if image.shared][:most]
-        return await with_packages(manager, self.upperdeck_owner, own + shared)
+        found = await saved_images(manager, self.upperdeck_owner, groups=groups_of(self), most=most)
+        return await with_packages(manager, self.upperdeck_owner, found)
 
-    async def upperdeck_resolve(self, key: str) -> SavedImage:
-        """Returns the saved image that a key names, if the user may start it now; otherwise refuses the request."""
-        try:
-            image = await find(self.upperdeck_manager, self.upperdeck_owner, key, groups=groups_of(self))
-        except Problem as problem:
-            raise web.HTTPError(503, f"The saved image cannot be checked: {problem}") from problem
+    def upperdeck_is_saved(self, named: Any) -> bool:
+        """Returns whether a request names a saved image: by its key, or by a reference below the target."""
+        if not isinstance(named, str):
+            raise web.HTTPError(400, words_of(self)("image_not_offered"))
+        prefix = self.upperdeck_prefix
+        return named.startswith(KEY_PREFIX) or bool(prefix and _below(named, prefix))
+
+    async def upperdeck_resolve(self, named: str) -> SavedImage:
+        """Returns the saved image that a request names by its key or a reference, if the user may start it now.
+
+        Refuses the request otherwise.
+        """
+        with self._checking():
+            image = await find(self.upperdeck_manager, self.upperdeck_owner, named, groups=groups_of(self))
         if image is None:
             # The same for an image that does not exist and for one of another user.
-            raise web.HTTPError(403, "There is no such saved image, or it is not shared with you (any more).")
+            raise web.HTTPError(403, words_of(self)("image_unknown"))
+        self.upperdeck_chosen_image = image
+        self._image_name = image.name
         return image
 
     async def upperdeck_check(self, reference: str) -> SavedImage | None:
@@ -223,16 +250,21 @@ class UpperdeckMixin(_Base):
 
         Returns it, or `None` for an image that is no saved one: those are for the spawner's own settings to permit.
         """
-        prefix = self.upperdeck_prefix
-        if not prefix or not _below(reference, prefix):
+        if not self.upperdeck_is_saved(reference):
             return None
-        try:
-            image = await permitted(self.upperdeck_manager, self.upperdeck_owner, reference, groups=groups_of(self))
-        except Problem as problem:
-            raise web.HTTPError(503, f"The saved image cannot be checked: {problem}") from problem
-        if image is None:
-            raise web.HTTPError(403, "This is no saved image of yours, and none that is shared with you.")
+        image = await self.upperdeck_resolve(reference)
+        if image.reference != reference:
+            # What a tag names may be another image by the time that it is pulled.
+            raise web.HTTPError(403, words_of(self)("image_refused"))
         return image
+
+    @contextmanager
+    def _checking(self) -> Iterator[None]:
+        """Refuses the request if the manager does not say which images the user may start."""
+        try:
+            yield
+        except Problem as problem:
+            raise web.HTTPError(503, words_of(self)("image_unchecked", reason=problem)) from problem
 
     # --- the spawn page
 
@@ -246,21 +278,19 @@ class UpperdeckMixin(_Base):
         if self._last_stop is None:
             return ""
         kind = "success" if self._last_stop.saved else "warning"
-        return (
-            f'<div class="alert alert-{kind}" id="upperdeck-last-stop">Last stop, {markup(self._last_stop.at)}: '
-            f"{markup(self._last_stop.text, 400)}</div>"
-        )
+        words = words_of(self)
+        said = words("last_stop", at=self._last_stop.at, text=self._last_stop.text(words))
+        return f'<div class="alert alert-{kind}" id="upperdeck-last-stop">{markup(said, 500)}</div>'
 
     def _choice(self) -> str:
         if self.save_on_stop != "user":
             return ""
         checked = " checked" if self.upperdeck_saves else ""
         return (
-            '<div class="form-group form-check">'
+            '<div class="form-group form-check mt-3">'
             f'<input type="hidden" name="{FIELD}" value="no">'
             f'<input class="form-check-input" type="checkbox" id="{FIELD}" name="{FIELD}" value="yes"{checked}> '
-            f'<label class="form-check-label" for="{FIELD}">Save this environment when the server stops, also when it '
-            "is stopped because it is idle</label></div>"
+            f'<label class="form-check-label" for="{FIELD}">{markup(words_of(self)("save_on_stop"))}</label></div>'
         )
 
     def upperdeck_chosen(self, form: dict[str, list[Any]]) -> Json:
@@ -269,7 +299,12 @@ class UpperdeckMixin(_Base):
         return {} if given is None else {FIELD: "yes" in given}
 
     def upperdeck_started(self) -> None:
-        """Remembers the user's choice for this server, which a restart of the hub and the next start keep."""
+        """Remembers the user's choice for this server, which a restart of the hub and the next start keep.
+
+        What is saved of a server that was started from a saved image has its name, as a later version.
+        """
+        self._image_name = None
+        self.upperdeck_chosen_image = None
         chosen = (self.user_options or {}).get(FIELD)
         if isinstance(chosen, bool):
             self._saves_on_stop = chosen
@@ -311,6 +346,7 @@ class ImageForm(UpperdeckMixin):
 
     async def upperdeck_options_form(self) -> str:
         """Returns the form of the spawn page."""
+        words = words_of(self)
         problem = ""
         images: list[SavedImage] = []
         try:
@@ -318,19 +354,19 @@ class ImageForm(UpperdeckMixin):
         except Problem as error:
             self.log.warning("Saved images of %s cannot be listed: %s", self.user.name, error)
             problem = (
-                '<div class="alert alert-warning" id="upperdeck-problem">Your saved images cannot be listed now: '
-                f"{markup(error, 300)}</div>"
+                '<div class="alert alert-warning" id="upperdeck-problem">'
+                f"{markup(words('image_unlisted', reason=error), 400)}</div>"
             )
         chosen = str((self.user_options or {}).get(IMAGE_OPTION, ""))
         site = list(self.upperdeck_site_images()) or [""]
-        rows = [_row(name, name or "The hub's image", [], name == chosen) for name in site]
-        if not any(chosen == key for key in [*site, *(image.key for image in images)]):
-            rows[0] = _row(site[0], site[0] or "The hub's image", [], True)
-        for heading, theirs in (("My saved images", False), ("Shared with me", True)):
+        if chosen not in [*site, *(image.key for image in images)]:
+            chosen = site[0]
+        rows = [_row(name, name or words("hub_image"), [], name == chosen) for name in site]
+        for heading, theirs in (("mine", False), ("shared", True)):
             part = [image for image in images if image.shared is theirs]
             if part:
-                rows.append(f"<h4>{heading}</h4>")
-                rows += [_saved_row(image, image.key == chosen) for image in part]
+                rows.append(f'<h4 class="mt-3">{markup(words(heading))}</h4>')
+                rows += [_saved_row(image, image.key == chosen, words) for image in part]
         return f'{problem}<div class="form-group" id="upperdeck-images">{"".join(rows)}</div>'
 
     def upperdeck_options_from_form(self, form: dict[str, list[Any]]) -> Json:
@@ -350,12 +386,12 @@ class ImageForm(UpperdeckMixin):
         chosen = (self.user_options or {}).get(IMAGE_OPTION)
         if not chosen:
             return str(self.image)
-        if str(chosen).startswith(KEY_PREFIX):
-            return (await self.upperdeck_resolve(str(chosen))).reference
+        if self.upperdeck_is_saved(chosen):
+            return (await self.upperdeck_resolve(chosen)).reference
         site = self.upperdeck_site_images()
         if chosen not in site:
-            raise web.HTTPError(400, "The hub does not offer this image.")
-        return site[str(chosen)]
+            raise web.HTTPError(400, words_of(self)("image_not_offered"))
+        return site[chosen]
 
 
 def _row(key: str, title: str, details: Iterable[str], checked: bool) -> str:
@@ -367,14 +403,15 @@ def _row(key: str, title: str, details: Iterable[str], checked: bool) -> str:
     )
 
 
-def _saved_row(image: SavedImage, checked: bool) -> str:
-    return _row(image.key, image.title, [image.message, " · ".join(image.details), *warnings(image)], checked)
+def _saved_row(image: SavedImage, checked: bool, words: Words) -> str:
+    details = [image.message, " · ".join(image.details(words)), *warnings(image, words)]
+    return _row(image.key, image.title, details, checked)
 
 
-def warnings(image: SavedImage) -> list[str]:
+def warnings(image: SavedImage, words: Words = english) -> list[str]:
     """Returns why an image may not start here, as sentences; empty if nothing is against it."""
     judged = image.judgement
     if judged.starts or image.packages is None:
         return []
-    lead = "Does not start on this hub" if judged.starts is False else "May not start on this hub"
-    return [f"{lead}: {' '.join(reason.detail for reason in judged.reasons)}"]
+    reasons = " ".join(reason.sentence(words) for reason in judged.against)
+    return [words("starts_not" if judged.starts is False else "starts_perhaps", reasons=reasons)]

@@ -1,16 +1,18 @@
 """Whether a saved image will start on a hub, and why.
 
 A save changes the files of a session's image and nothing else: user, command and environment stay as they are in the
-base, from which the hub started this session. What can keep the new image from starting is what the user changed.
+base, from which the hub started this session. What can keep the new image from starting is what the user changed: the
+programs by which a server is started, which the agent looks for in the session's files, and packages.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from .text import shorten
+from .words import Words, english
 
 Json = dict[str, Any]
 
@@ -19,11 +21,15 @@ _SERVERS = ("jupyterlab", "jupyter-server", "notebook")
 
 @dataclass(frozen=True)
 class Reason:
-    """A reason, for programs (`code`) and for people (`detail`, English). `values` are its parts."""
+    """A reason: its name among the words, and its values. `against`: it is one not to start."""
 
     code: str
-    detail: str
     values: dict[str, str] = field(default_factory=dict, hash=False)
+    against: bool = True
+
+    def sentence(self, words: Words = english) -> str:
+        """Returns it for people."""
+        return words(self.code, **self.values)
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,16 @@ class Judgement:
     starts: bool | None
     reasons: tuple[Reason, ...] = ()
 
+    @property
+    def against(self) -> tuple[Reason, ...]:
+        """The reasons for which it may not start."""
+        return tuple(reason for reason in self.reasons if reason.against)
+
     def as_json(self) -> Json:
-        return {"starts": self.starts, "reasons": [asdict(reason) for reason in self.reasons]}
+        reasons = [
+            {"code": reason.code, "detail": reason.sentence(), "values": reason.values} for reason in self.reasons
+        ]
+        return {"starts": self.starts, "reasons": reasons}
 
 
 def _canonical(name: object) -> str:
@@ -49,7 +63,7 @@ def _major(version: object) -> int | None:
 def judge_packages(packages: Json | None, hub_version: str | None = None) -> Judgement:
     """Judges by the packages that were added to the base, removed from it, or changed."""
     if packages is None:
-        return Judgement(None, (Reason("packages_unknown", "The list of packages is not known."),))
+        return Judgement(None, (Reason("packages_unknown"),))
     # (location, name): an environment that lost the hub's package is not mended by another that has it.
     changes = [
         (_canonical(one.get("name", "")), one)
@@ -62,32 +76,39 @@ def judge_packages(packages: Json | None, hub_version: str | None = None) -> Jud
     present = {name for name, one in changes if one.get("change") != "removed"}
     if "jupyterhub" in removed - present:
         starts = False
-        reasons.append(
-            Reason(
-                "jupyterhub_removed",
-                "The package jupyterhub was removed, which the command jupyterhub-singleuser is part of.",
-            )
-        )
+        reasons.append(Reason("jupyterhub_removed"))
     for name in _SERVERS:
         if name in removed - present:
             starts = False
-            reasons.append(Reason("server_removed", f"The package {name} was removed.", {"name": name}))
+            reasons.append(Reason("server_removed", {"name": name}))
     for name, one in changes:
         if name != "jupyterhub" or one.get("change") == "removed" or hub_version is None:
             continue
         version, hub = _major(one.get("version")), _major(hub_version)
         if version is not None and hub is not None and version != hub:
             values = {"version": shorten(one.get("version"), 40), "hub": shorten(hub_version, 40)}
-            reasons.append(
-                Reason(
-                    "jupyterhub_version",
-                    f"jupyterhub {values['version']} was installed, and the hub has {values['hub']}: "
-                    "releases with different first numbers may not work together.",
-                    values,
-                )
-            )
+            reasons.append(Reason("jupyterhub_version", values))
             starts = starts and None
-    return Judgement(starts, tuple(reasons))
+    programs = _judge_programs(packages)
+    if any(reason.against for reason in programs):
+        starts = False
+    return Judgement(starts, tuple(reasons + programs))
+
+
+def _judge_programs(packages: Json) -> list[Reason]:
+    """Judges by the programs by which the session was started. An agent of an earlier version names none."""
+    reasons = []
+    for one in packages.get("programs", []):
+        if not isinstance(one, dict):
+            continue
+        name = shorten(one.get("name", ""), 80)
+        if one.get("path"):
+            reasons.append(Reason("program_there", {"name": name, "path": shorten(one["path"])}, against=False))
+        elif one.get("mounted"):
+            reasons.append(Reason("program_mounted", {"name": name}, against=False))
+        else:
+            reasons.append(Reason("program_missing", {"name": name}))
+    return reasons
 
 
 def judge_session(
@@ -102,17 +123,11 @@ def judge_session(
     starts = by_packages.starts
     if session.get("problem"):
         problem = shorten(session["problem"], 300)
-        reasons.append(Reason("session_problem", problem, {"problem": problem}))
+        reasons.append(Reason("session_problem", {"problem": problem}))
         starts = None
     base = shorten(session.get("image") or "its base", 200)
     if starts is not False:
-        reasons.append(
-            Reason(
-                "started_here",
-                f"This hub started this session from {base}, whose user and command the image keeps.",
-                {"base": base},
-            )
-        )
+        reasons.append(Reason("started_here", {"base": base}, against=False))
     reasons += by_packages.reasons
     if starts is None and packages is None:
         # Without the list, what is known is that the base started here.
@@ -120,12 +135,5 @@ def judge_session(
     kept = [str(mount.get("path", "")) for mount in session.get("unsaved", []) if mount.get("data")]
     for place in kept:
         if home and (home == place or home.startswith(place.rstrip("/") + "/")):
-            reasons.append(
-                Reason(
-                    "home_on_volume",
-                    f"The home directory is on the volume at {shorten(place)}: it is not in the image, and is there "
-                    "at the next start only if the hub mounts it again.",
-                    {"path": shorten(place)},
-                )
-            )
+            reasons.append(Reason("home_on_volume", {"path": shorten(place)}, against=False))
     return Judgement(starts, tuple(reasons))

@@ -10,7 +10,10 @@ from typing import Any
 
 from .manager import Json, Manager, Problem, path
 from .text import shorten, size
+from .words import Words, english
 
+Said = tuple[str, dict[str, str]]
+"""A sentence: its name among the words, and its values."""
 MESSAGE = "Saved when the server stopped"
 _FIRST_LOOK_S = 0.3
 _LAST_LOOK_S = 3.0
@@ -20,25 +23,39 @@ _UNKNOWN_LOOK_S = 1.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the last stop of a server saved. `text` is for people."""
+    """What the last stop of a server saved, as sentences."""
 
     saved: bool
     at: str
-    text: str
+    said: tuple[Said, ...]
 
     @classmethod
-    def now(cls, saved: bool, text: str) -> Outcome:
-        return cls(saved, datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), shorten(text, 400))
+    def now(cls, saved: bool, *said: Said) -> Outcome:
+        return cls(saved, datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), said)
+
+    def text(self, words: Words = english) -> str:
+        """Returns the sentences for people."""
+        return shorten(" ".join(words(code, **values) for code, values in self.said), 400)
 
     def as_json(self) -> Json:
-        return {"saved": self.saved, "at": self.at, "text": self.text}
+        return {"saved": self.saved, "at": self.at, "said": [[code, values] for code, values in self.said]}
 
     @classmethod
     def read(cls, kept: Any) -> Outcome | None:
         """Reads what :meth:`as_json` wrote; `None` for anything else."""
-        if not isinstance(kept, dict) or not isinstance(kept.get("text"), str):
+        try:
+            said = tuple((str(code), {**values}) for code, values in kept["said"])
+            found = cls(bool(kept["saved"]), str(kept["at"]), said)
+            # Its words and values are those of this version.
+            found.text()
+        except (KeyError, TypeError, ValueError, IndexError):
             return None
-        return cls(bool(kept.get("saved")), str(kept.get("at", "")), kept["text"])
+        return found
+
+
+def not_saved(reason: str) -> Said:
+    """Returns the sentence that nothing was saved, and why."""
+    return "saved_not", {"reason": shorten(reason, 300)}
 
 
 async def save_before_stop(
@@ -55,9 +72,9 @@ async def save_before_stop(
             return await saving.run()
     except TimeoutError:
         await saving.cancel()
-        return Outcome.now(False, f"Not saved: it took longer than {bound:.0f} s{saving.why}. {saving.left}")
+        return Outcome.now(False, ("too_long", {"bound": f"{bound:.0f}"}), *saving.why, *saving.left)
     except Problem as problem:
-        return Outcome.now(False, f"Not saved: {problem}")
+        return Outcome.now(False, not_saved(str(problem)))
 
 
 class _Saving:
@@ -70,23 +87,18 @@ class _Saving:
         self.ours = False
 
     @property
-    def why(self) -> str:
-        waiting = (self.save or {}).get("waiting") or {}
-        error = (self.save or {}).get("error") or {}
+    def why(self) -> list[Said]:
+        """What the save was waiting for."""
+        save = self.save or {}
+        error, reason = save.get("error") or {}, (save.get("waiting") or {}).get("reason")
         if error.get("message"):
-            return f" ({error['message']})"
-        reasons = {
-            "retry": "the last attempt failed, and the next one was waited for",
-            "node": "the node did not respond",
-            "slot": "other saves were running on the node",
-            "queue": "other saves were queued before it",
-        }
-        found = reasons.get(str(waiting.get("reason")))
-        return f" ({found})" if found else ""
+            return [("waiting_error", {"reason": shorten(error["message"], 300)})]
+        return [(f"waiting_{reason}", {})] if reason in ("retry", "node", "slot", "queue") else []
 
     @property
-    def left(self) -> str:
-        return "The save was cancelled." if self.ours and self.save else ""
+    def left(self) -> list[Said]:
+        """What became of the save."""
+        return [("cancelled", {})] if self.ours and self.save else []
 
     async def run(self) -> Outcome:
         await self._request()
@@ -127,9 +139,12 @@ class _Saving:
         if save.get("state") == "succeeded":
             result = save.get("result") or {}
             changed = result.get("layer_bytes")
-            return Outcome.now(True, f"Saved as {image}" + (f" ({size(changed)} of changes)." if changed else "."))
+            values = {"image": shorten(image, 260)}
+            if changed:
+                return Outcome.now(True, ("saved_changes", {**values, "size": size(changed)}))
+            return Outcome.now(True, ("saved", values))
         error = (save.get("error") or {}).get("message") or f"the save was {save.get('state')}"
-        return Outcome.now(False, f"Not saved: {error}")
+        return Outcome.now(False, not_saved(str(error)))
 
     async def cancel(self) -> None:
         """Cancels the save if it was requested here; the user's own one is theirs."""

@@ -117,6 +117,24 @@ class Browser:
         self.driver.execute_cdp_cmd("Network.setUserAgentOverride", {"userAgent": agent, "acceptLanguage": language})
         self.driver.refresh()
 
+    def dark(self, wanted: bool = True) -> None:
+        """Prefers a dark page, as the system's setting does, and loads the page anew."""
+        features = [{"name": "prefers-color-scheme", "value": "dark" if wanted else "light"}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        self.driver.refresh()
+
+    def narrow(self, wanted: bool = True) -> None:
+        """Makes the page as narrow as a telephone's."""
+        if wanted:
+            size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+            self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        else:
+            self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+    def overflows(self) -> bool:
+        """Returns whether the page is wider than its window."""
+        return bool(self.run("const e = document.documentElement; return e.scrollWidth > e.clientWidth"))
+
     def errors(self) -> list[str]:
         """Returns what the console has of our own scripts: those that failed, and violations of the page's policy."""
         log: list[dict[str, Any]] = self.driver.get_log("browser")  # type: ignore[no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from jupyterhub_upperdeck.manager import Manager, Problem
@@ -23,23 +24,38 @@ def image(user: str, name: str, digit: str, **more: Any) -> dict[str, Any]:
 
 
 class FakeManager(Manager):
-    """Answers from `images` (of all users), `shared` (by user) and `packages` (by save); `down`: not at all."""
+    """Answers from `images` (of all users), `shared` (by user) and `packages` (by save).
+
+    `down`: not at all; `slow`: not soon.
+    """
 
     def __init__(self) -> None:
         self.images: list[dict[str, Any]] = []
         self.shared: dict[str, list[dict[str, Any]]] = {}
         self.packages: dict[str, dict[str, Any]] = {}
         self.down = False
+        self.slow = False
         self.asked: list[tuple[str, str, str]] = []
+
+    @staticmethod
+    def page(images: list[dict[str, Any]], query: dict[str, Any]) -> dict[str, Any]:
+        """Returns a page of a list, which has the newest first if that is asked for."""
+        if query.get("sort") == "updated":
+            images = sorted(images, key=lambda one: str(one["changed"]), reverse=True)
+        begin = int(query.get("cursor") or 0)
+        end = begin + int(query["limit"])
+        return {"images": images[begin:end], "next": str(end) if end < len(images) else None}
 
     async def call(self, method: str, where: str, owner: str, **more: Any) -> dict[str, Any]:
         self.asked.append((method, where, owner))
         if self.down:
             raise Problem.unavailable("the image manager cannot be reached: refused")
+        if self.slow:
+            await asyncio.sleep(3600)
         if where == "/api/v1/images":
-            return {"images": [one for one in self.images if one["user"] == owner]}
+            return self.page([one for one in self.images if one["user"] == owner], more["query"])
         if where == "/api/v1/shared":
-            return {"images": self.shared.get(owner, [])}
+            return self.page(self.shared.get(owner, []), more["query"])
         save = where.split("/")[4]
         if where.endswith("/packages") and save in self.packages:
             return self.packages[save]

@@ -20,7 +20,6 @@ c.JupyterHub.authenticator_class = "dummy"
 c.DummyAuthenticator.password = lab["password"]
 c.Authenticator.allow_all = True
 c.JupyterHub.allow_named_servers = True
-c.JupyterHub.spawner_class = "podman_spawner.PodmanSpawner"
 c.JupyterHub.cleanup_servers = True
 # Only the culler of the test, which asks once.
 c.JupyterHub.services = [{"name": "culler", "api_token": lab["culler_token"]}]
@@ -35,13 +34,26 @@ c.Spawner.cmd = ["python3", "-m", "jupyterhub.singleuser"]
 c.Spawner.default_url = "/lab"
 c.Spawner.http_timeout = 120
 c.Spawner.start_timeout = 180
-c.PodmanSpawner.image = lab["image"]
-c.PodmanSpawner.site_images = {"Python": lab["image"]}
-c.PodmanSpawner.podman_environment = lab["podman_environment"]
-c.PodmanSpawner.mounts = lab["mounts"]
-c.PodmanSpawner.container_environment = lab["container_environment"]
-c.PodmanSpawner.directory = lab["directory"]
-c.PodmanSpawner.save_on_stop_bound = lab["bound"]
+c.UpperdeckMixin.save_on_stop_bound = lab["bound"]
+if lab["engine"] == "docker":
+    os.environ["DOCKER_HOST"] = lab["engine_environment"]["DOCKER_HOST"]
+    c.JupyterHub.spawner_class = "docker_spawner.HostNetworkSpawner"
+    c.DockerSpawner.image = lab["image"]
+    c.DockerSpawner.allowed_images = {"Python": lab["image"], "The same": lab["image"]}
+    c.DockerSpawner.network_name = "host"
+    # No port is published.
+    c.DockerSpawner.use_internal_ip = True
+    c.DockerSpawner.volumes = {mount: {"bind": mount, "mode": "ro"} for mount in lab["mounts"]}
+    c.DockerSpawner.environment = lab["container_environment"]
+    c.DockerSpawner.remove = True
+else:
+    c.JupyterHub.spawner_class = "podman_spawner.PodmanSpawner"
+    c.PodmanSpawner.image = lab["image"]
+    c.PodmanSpawner.site_images = {"Python": lab["image"]}
+    c.PodmanSpawner.podman_environment = lab["engine_environment"]
+    c.PodmanSpawner.mounts = lab["mounts"]
+    c.PodmanSpawner.container_environment = lab["container_environment"]
+    c.PodmanSpawner.directory = lab["directory"]
 
 configure(
     c,

@@ -132,7 +132,9 @@ def children_of(parent: int) -> dict[int, str]:
 
 
 class Lab:
-    """Everything that one hub needs. `close` ends it and leaves nothing."""
+    """Everything that one hub needs, with servers in Podman's containers. `close` ends it and leaves nothing."""
+
+    engine_name = "podman"
 
     def __init__(self, bound: float = 60.0) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="upperdeck-hub-", dir="/var/tmp"))
@@ -152,7 +154,7 @@ class Lab:
     def _start(self) -> None:
         self._start_registry()
         self.image = self.push(base(), "bases/python:1")
-        self._write_podman()
+        self._start_engine()
         self._start_redis()
         self._write_keys()
         self._start_manager()
@@ -200,7 +202,7 @@ class Lab:
         )
         return reference
 
-    def _write_podman(self) -> None:
+    def _start_engine(self) -> None:
         here = self.directory / "podman"
         here.mkdir()
         (here / "containers.conf").write_text(
@@ -211,15 +213,27 @@ class Lab:
         (here / "storage.conf").write_text(
             f'[storage]\ndriver = "overlay"\ngraphroot = "{here}/root"\nrunroot = "{here}/runroot"\n'
         )
-        self.podman_environment = {
+        self.engine_environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(here),
             "CONTAINERS_CONF": str(here / "containers.conf"),
             "CONTAINERS_STORAGE_CONF": str(here / "storage.conf"),
         }
 
-    def podman(self, *words: str) -> str:
-        return run("podman", *words, env=self.podman_environment)
+    def engine(self, *words: str) -> str:
+        """Runs a command of Podman or Docker."""
+        return run(self.engine_name, *words, env=self.engine_environment)
+
+    def _stores(self) -> dict[str, Path]:
+        """Returns where the agent finds the engine's containers, by option; no other's."""
+        nowhere = self.directory / "none"
+        options = ("containerd-root", "containerd-state", "docker-root")
+        podman = self.directory / "podman"
+        return {
+            **dict.fromkeys(options, nowhere),
+            "storage-root": podman / "root",
+            "storage-runroot": podman / "runroot",
+        }
 
     def _start_redis(self) -> None:
         socket_file = self.directory / "redis.sock"
@@ -260,10 +274,7 @@ class Lab:
                 "--node", "node-1", "--owner", "env:UPPERDECK_OWNER", "--allow", f"{self.registry_host}/sessions",
                 "--tls-verify=false", "--foreground",
                 "--spool-dir", self.directory / "spool", "--state-dir", self.directory / "state",
-                "--storage-root", self.directory / "podman/root",
-                "--storage-runroot", self.directory / "podman/runroot",
-                "--containerd-root", self.directory / "none", "--containerd-state", self.directory / "none",
-                "--docker-root", self.directory / "none",
+                *[f"--{option}={place}" for option, place in self._stores().items()],
             ],
         )  # fmt: skip
 
@@ -285,7 +296,8 @@ class Lab:
             "password": PASSWORD,
             "culler_token": self.culler_token,
             "image": self.image,
-            "podman_environment": self.podman_environment,
+            "engine": self.engine_name,
+            "engine_environment": self.engine_environment,
             # The programs of a Jupyter image; what the user installs goes into the image's own environment.
             "mounts": [str(venv), str(self.write_wheel())],
             "container_environment": {
@@ -302,7 +314,11 @@ class Lab:
             "target": self.target,
             "bound": self.bound,
         }
-        environment = {**os.environ, "LAB": json.dumps(places), "PYTHONPATH": str(Path(__file__).parent)}
+        environment = {
+            **os.environ,
+            "LAB": json.dumps(places),
+            "PYTHONPATH": str(Path(__file__).parent),
+        }
         self.hub_process = self._daemon(
             "hub",
             [sys.executable, "-m", "jupyterhub", "-f", Path(__file__).with_name("hub_config.py")],
@@ -314,27 +330,72 @@ class Lab:
 
     def forget_images(self) -> None:
         """Removes all images of the node that no container uses, as on another node."""
-        self.podman("image", "rm", "--all", "--force")
+        for image in set(self.engine("images", "--quiet").split()):
+            self.engine("rmi", "--force", image)
 
     def log(self, name: str) -> str:
         return (self.directory / f"{name}.log").read_text(errors="replace")
 
     def close(self) -> None:
+        # What was started last may use what was started before.
         for daemon in reversed(self.daemons):
+            if daemon.log.stem != self.engine_name:
+                daemon.stop()
+        if hasattr(self, "engine_environment"):
+            self._remove_containers()
+        for daemon in self.daemons:
             daemon.stop()
-        if hasattr(self, "podman_environment"):
-            subprocess.run(
-                ["podman", "rm", "--all", "--force", "--time", "1"], env=self.podman_environment, capture_output=True,
-                check=False,
-            )  # fmt: skip
-            subprocess.run(
-                ["podman", "rmi", "--all", "--force"], env=self.podman_environment, capture_output=True, check=False
-            )
-            overlay = self.directory / "podman/root/overlay"
-            if overlay.exists():
-                subprocess.run(["umount", "--quiet", str(overlay)], check=False)
         if os.environ.get("UPPERDECK_KEEP_LAB") != "1":
             shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _remove_containers(self) -> None:
+        for words in (["rm", "--all", "--force", "--time", "1"], ["rmi", "--all", "--force"]):
+            subprocess.run(["podman", *words], env=self.engine_environment, capture_output=True, check=False)
+        overlay = self.directory / "podman/root/overlay"
+        if overlay.exists():
+            subprocess.run(["umount", "--quiet", str(overlay)], check=False)
+
+
+class DockerLab(Lab):
+    """The same with a Docker daemon of its own, and DockerSpawner."""
+
+    engine_name = "docker"
+
+    def _start_engine(self) -> None:
+        here = self.directory / "docker"
+        here.mkdir()
+        # The machine's own settings have no effect.
+        (here / "daemon.json").write_text("{}")
+        self.engine_environment = {"PATH": os.environ["PATH"], "DOCKER_HOST": f"unix://{here}/sock"}
+        self._daemon(
+            "docker",
+            [
+                "dockerd", "--storage-driver", "overlay2", "--bridge", "none", "--iptables=false",
+                "--ip-forward=false", "--host", f"unix://{here}/sock", "--data-root", here / "root",
+                "--exec-root", here / "exec", "--pidfile", here / "pid", "--config-file", here / "daemon.json",
+            ],
+        ).wait_for("API listen on")  # fmt: skip
+
+    def _stores(self) -> dict[str, Path]:
+        here = self.directory / "docker"
+        # Docker's own containerd has the settings that a container was started with.
+        return {
+            **super()._stores(),
+            "docker-root": here / "root",
+            "containerd-root": here / "root/containerd/daemon",
+            "containerd-state": here / "exec/containerd/daemon",
+        }
+
+    def _remove_containers(self) -> None:
+        found = subprocess.run(
+            ["docker", "ps", "--all", "--quiet"],
+            env=self.engine_environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if containers := found.stdout.split():
+            subprocess.run(["docker", "rm", "--force", *containers], env=self.engine_environment, check=False)
 
 
 def answers(url: str) -> bool:

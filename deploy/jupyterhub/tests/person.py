@@ -58,10 +58,10 @@ class Person:
         assert done.status_code in (202, 204), done.text
         until(f"the stop of {self.name}", lambda: self.stopped(name))
 
-    def spawn_page(self) -> str:
-        page = self.http.get(f"{self.lab.hub}/hub/spawn", timeout=60)
+    def spawn_page(self, language: str = "en") -> str:
+        page = self.http.get(f"{self.lab.hub}/hub/spawn", headers={"Accept-Language": language}, timeout=60)
         assert page.ok, page.status_code
-        return page.text
+        return page.content.decode()
 
     # --- the service
 
@@ -86,8 +86,8 @@ class Session:
 
     def __init__(self, lab: Lab, owner: str, name: str = "") -> None:
         self.lab = lab
-        for container in lab.podman("ps", "--quiet", "--no-trunc").split():
-            words = lab.podman("inspect", "--format", "{{range .Config.Env}}{{println .}}{{end}}", container)
+        for container in lab.engine("ps", "--quiet", "--no-trunc").split():
+            words = lab.engine("inspect", "--format", "{{range .Config.Env}}{{println .}}{{end}}", container)
             environment = dict(line.split("=", 1) for line in words.splitlines() if "=" in line)
             if environment.get("JUPYTERHUB_USER") == owner and environment.get("JUPYTERHUB_SERVER_NAME") == name:
                 self.container = container
@@ -100,7 +100,7 @@ class Session:
         return self.environment["JUPYTERHUB_API_TOKEN"]
 
     def shell(self, script: str) -> str:
-        return self.lab.podman("exec", self.container, "/bin/bash", "-ec", script)
+        return self.lab.engine("exec", self.container, "/bin/bash", "-ec", script)
 
     def call(self, method: str, where: str = "session", token: str | None = None, **more: Any) -> requests.Response:
         """Makes a request to the service with the session's own token."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tornado import web
+from traitlets import TraitError
 from traitlets.config import Config
 
 from fake import FakeManager, image
@@ -62,7 +63,10 @@ async def test_only_images_of_the_user_are_started() -> None:
     assert await made.check_allowed("Base") == "quay.io/base:1"
     assert await made.check_allowed(key(MINE)) == f"harbor.example.org/alice/mine@{MINE['digest']}"
     assert await made.check_allowed(key(SHARED)) == f"harbor.example.org/carol/shared@{SHARED['digest']}"
-    for refused in (key(THEIRS), "saved-", "harbor.example.org/bob/theirs:monday", "quay.io/other:1"):
+    # As a link of the portal names it.
+    by_tag = await made.check_allowed(MINE["tags"][0]["reference"])
+    assert by_tag == f"harbor.example.org/alice/mine@{MINE['digest']}"
+    for refused in (key(THEIRS), "saved-", ["Base"], {}, 7, "harbor.example.org/bob/theirs:monday", "quay.io/other:1"):
         with pytest.raises(web.HTTPError) as error:
             await made.check_allowed(refused)
         assert error.value.status_code in (400, 403), refused
@@ -84,6 +88,12 @@ async def test_without_the_manager_no_saved_image_is_started() -> None:
     with pytest.raises(web.HTTPError) as error:
         await made.check_allowed(key(MINE))
     assert error.value.status_code == 503
+
+
+@pytest.mark.parametrize("target", ["harbor.example.org/{name}:{tag}", "{user}/{name}:{tag}", "harbor.example.org"])
+def test_a_target_that_says_nothing_of_users_is_refused(target: str) -> None:
+    with pytest.raises(TraitError, match="upperdeck_target"):
+        spawner().upperdeck_target = target
 
 
 def test_the_container_is_the_session() -> None:

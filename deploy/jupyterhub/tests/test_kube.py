@@ -171,8 +171,9 @@ async def test_an_image_of_another_user_cannot_be_named() -> None:
     manager = FakeManager()
     everyone(manager)
     theirs = (await profile_list(SITE, manager=manager)(spawner(manager, "Bob")))[1]
-    with pytest.raises(ValueError, match="No such profile"):
+    with pytest.raises(web.HTTPError) as refused:
         await spawner(manager, "alice", {"profile": theirs["slug"]}).load_user_options()
+    assert refused.value.status_code == 403
     # Nor by a free text that a profile of the site would let through, in any notation.
     reference = theirs["kubespawner_override"]["image"]
     for text in (reference, reference.upper(), f" docker://{reference}", reference.replace(".org/", ".org:443/")):
@@ -181,6 +182,29 @@ async def test_an_image_of_another_user_cannot_be_named() -> None:
         with pytest.raises(web.HTTPError) as refused:
             await free.load_user_options()
         assert refused.value.status_code == 403, text
+
+
+async def test_a_link_names_an_image_by_its_reference() -> None:
+    """As the portal's links do (--start-url), also one that is too old for the page."""
+    manager = FakeManager()
+    everyone(manager)
+    old = image("alice", "old", "e", changed="2020-01-01T00:00:00Z")
+    manager.images += [image("alice", f"new-{number}", "d") for number in range(50)] + [old]
+    options = spawner(manager, "alice").options_from_form({"image": [old["tags"][0]["reference"]]})
+    started = spawner(manager, "alice", options)
+    await started.load_user_options()
+    assert started.image == f"harbor.example.org/alice/old@{old['digest']}"
+    assert started.get_state()["upperdeck"]["image_name"] == "old"
+    for other in (
+        "harbor.example.org/bob/x:1",
+        f"harbor.example.org/{owner_of('Bob')}/work:monday",
+        "saved-",
+        ["x"],
+        "quay.io/x",
+    ):
+        with pytest.raises(web.HTTPError) as refused:
+            await spawner(manager, "alice", {"image": other}).load_user_options()
+        assert refused.value.status_code in (400, 403), other
 
 
 async def test_what_is_shared_can_be_started_until_it_is_not() -> None:
@@ -195,8 +219,9 @@ async def test_what_is_shared_can_be_started_until_it_is_not() -> None:
     assert pod.spec.containers[0].resources.limits["nvidia.com/gpu"] == "1"
     assert pod.spec.node_selector == {"kind": "gpu"}
     manager.shared.clear()
-    with pytest.raises(ValueError, match="No such profile"):
+    with pytest.raises(web.HTTPError) as refused:
         await spawner(manager, "alice", {"profile": shared["slug"]}).load_user_options()
+    assert refused.value.status_code == 403
 
 
 async def test_texts_of_others_are_text_in_the_page() -> None:
@@ -223,6 +248,9 @@ async def test_without_the_manager_the_sites_profiles_start_and_the_page_says_so
     await made.load_user_options()
     assert made.image == "quay.io/base:1"
     # A saved image is not started unchecked.
+    with pytest.raises(web.HTTPError) as refused:
+        await spawner(manager, "alice", {"profile": "saved-0"}).load_user_options()
+    assert refused.value.status_code == 503
     made.profile_list = [
         {"display_name": "x", "slug": "base", "kubespawner_override": {"image": "harbor.example.org/alice/x@sha256:0"}}
     ]

@@ -6,10 +6,13 @@ import base64
 import hmac
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from jupyterhub_upperdeck import owner_of
 from lab import Daemon, Lab, until
 from person import PASSWORD, Person, Session
 
+README = Path(__file__).parents[1] / "README.md"
 NEEDED = ["podman", "skopeo", "docker-registry", "redis-server", "chromium", "chromedriver", "node", "debootstrap"]
 # A name that is no component of a repository's path.
 BOB = "bob@example.org"
@@ -66,6 +70,14 @@ def enter(browser: Browser, lab: Lab, name: str) -> None:
     browser.write("#password_input", PASSWORD)
     browser.click("#login_submit")
     until("the login", lambda: "/hub/login" not in browser.driver.current_url)
+
+
+def has_httr2() -> bool:
+    """Returns whether R can run what the documentation has for it. It is in no image of the tests."""
+    if shutil.which("Rscript") is None:
+        return False
+    looked = subprocess.run(["Rscript", "-e", "library(httr2)"], capture_output=True, check=False)
+    return looked.returncode == 0
 
 
 def signed_with_a_text(claims: dict[str, Any], secret: str) -> str:
@@ -133,13 +145,27 @@ class TestLoop:
     def test_started_from_the_save(self, lab: Lab, browser: Browser, alice: Person) -> None:
         alice.stop()
         lab.forget_images()
-        assert lab.podman("ps", "--all", "--quiet") == ""
+        assert lab.engine("ps", "--all", "--quiet") == ""
         browser.go(f"{lab.hub}/hub/spawn")
         browser.see("My saved images")
         # Another's text in the hub's template: it is text.
         browser.see("{{ 7 * 7 }} <b>monday</b>")
         browser.see("added: greeting 1.0")
         browser.shot("08-spawn-page-with-save")
+        browser.dark()
+        browser.see("My saved images")
+        browser.shot("08-spawn-page-dark")
+        browser.dark(False)
+        browser.narrow()
+        browser.see("My saved images")
+        browser.shot("08-spawn-page-narrow")
+        assert not browser.overflows()
+        browser.narrow(False)
+        browser.speak("ko-KR")
+        browser.see("내가 저장한 이미지")
+        browser.see("추가됨: greeting 1.0")
+        browser.shot("08-spawn-page-korean")
+        browser.speak("en-GB")
         browser.click_text("#upperdeck-images label", "analysis")
         browser.click("#upperdeck_save_on_stop")
         browser.shot("09-spawn-page-chosen")
@@ -157,6 +183,22 @@ class TestLoop:
         browser.shot("10-lab-in-korean")
         browser.click_text(".jp-Dialog-button", "취소")
         browser.speak("en-GB")
+        # Lab's own dark theme.
+        browser.find(".jp-upperdeck-top")
+        browser.click_text(".lm-MenuBar-itemLabel", "Settings")
+        browser.click_text(".lm-Menu-itemLabel", "Theme")
+        browser.click_text(".lm-Menu-itemLabel", "JupyterLab Dark")
+        until("the dark theme", lambda: browser.run("return document.body.dataset.jpThemeLight") == "false")
+        browser.click("#jp-upperdeck-top button, #jp-upperdeck-top jp-button")
+        browser.see("What will not be in it")
+        browser.shot("10-lab-dark")
+        browser.narrow()
+        browser.shot("10-lab-narrow")
+        browser.narrow(False)
+        browser.click_text(".jp-Dialog-button", "Cancel")
+        browser.click(".lm-TabBar-tab[title='Saved environments'], .lm-TabBar-tab[data-id=jp-upperdeck-panel]")
+        browser.see("My saves")
+        browser.shot("10-panel-dark")
 
     def test_the_portal_behind_the_hub(self, lab: Lab, browser: Browser) -> None:
         browser.go(f"{lab.hub}/services/upperdeck/")
@@ -166,19 +208,25 @@ class TestLoop:
         assert wrong == [], wrong
 
     def test_the_session_saves_itself_with_its_own_token(self, lab: Lab) -> None:
-        """The documented request, from within the session, and no right beside it."""
+        """The documented requests, as they are printed, with the session's variables, and no right beside them."""
         session = Session(lab, "alice")
-        session.known()
-        said = session.shell(
-            "python3 - <<'E'\nimport json, os, urllib.request as u\n"
-            'r = u.Request(os.environ["UPPERDECK_SERVICE_URL"] + "session/saves", b\'{"name": "by-request"}\', '
-            '{"Authorization": "token " + os.environ["JUPYTERHUB_API_TOKEN"], "Content-Type": "application/json"})\n'
-            'print(json.load(u.urlopen(r))["name"])\nE'
-        )
-        assert said == "by-request"
-        until("its end", lambda: session.call("GET").json()["save"]["state"] == "succeeded")
-        names = [one["name"] for one in session.call("GET", "session/images").json()["images"]]
-        assert names == ["by-request", "analysis"]
+        # What was started from a saved image is a version of that, unless it is named.
+        assert session.known()["session"]["suggested_name"] == "analysis"
+        text = README.read_text()
+        kept = ("JUPYTERHUB_API_TOKEN", "UPPERDECK_SERVICE_URL")
+        variables = {"PATH": os.environ["PATH"], **{name: session.environment[name] for name in kept}}
+        [curl] = re.findall(r"```\n(curl .*?)```", text, re.DOTALL)
+        [r] = re.findall(r"```r\n(.*?)```", text, re.DOTALL)
+        requests_of = [("curl", ["bash", "-c", curl])]
+        if has_httr2():
+            requests_of.append(("R", ["Rscript", "-e", r]))
+        for language, words in requests_of:
+            said = subprocess.run(words, env=variables, capture_output=True, text=True, check=False)
+            assert said.returncode == 0 and '"queued"' in said.stdout, (language, said)
+            until("its end", lambda: session.call("GET").json()["save"]["state"] == "succeeded")
+        images = session.call("GET", "session/images").json()["images"]
+        assert [one["name"] for one in images] == ["model", "course", "analysis"][-1 - len(requests_of) :]
+        assert images[-2]["message"] == "after the first day"
         for method, where in [
             ("GET", "api/v1/images"),
             ("GET", "api/v1/sessions"),
@@ -205,7 +253,7 @@ class TestLoop:
         assert bob.request_start(image=key).status_code in (400, 403)
         for text in (tag["reference"], f"{image['repository']}@{digest}"):
             refused = bob.request_start(image=text)
-            assert refused.status_code == 400 and "does not offer" in refused.text, refused.text
+            assert refused.status_code == 403 and "no such saved image" in refused.text, refused.text
         assert bob.portal("GET", where + "?user=alice").status_code in (403, 404)
         shared = alice.portal("PATCH", where, json={"shared": [owner_of(BOB)]})
         assert shared.status_code == 200, shared.text
@@ -285,7 +333,7 @@ class TestLoop:
         lab.registry.stop()
         bob.stop()
         lab.start_registry()
-        assert len(lab.podman("ps", "--all", "--quiet").split()) == 1, "the other user's server runs on"
+        assert len(lab.engine("ps", "--all", "--quiet").split()) == 1, "the other user's server runs on"
         page = bob.spawn_page()
         assert "Not saved: it took longer than 6 s" in page
         bob.enter_portal()
@@ -311,7 +359,8 @@ class TestLoop:
         images = alice.portal("GET", "api/v1/images").json()["images"]
         assert "Saved when the server stopped" in [one.get("message") for one in images]
         page = alice.spawn_page()
-        assert "Last stop" in page and "Saved as " in page
+        # As a version of what it was started from.
+        assert "Last stop" in page and "Saved as analysis:" in page
         browser.go(f"{lab.hub}/hub/spawn")
         browser.see("Last stop")
         browser.shot("12-spawn-page-after-the-cull")

@@ -1,10 +1,13 @@
 """Names of users, and their texts in the hub's pages."""
 
+import string
+
 import jinja2
 import pytest
 
 from jupyterhub_upperdeck import owner_of
 from jupyterhub_upperdeck.text import date, markup, shorten, size
+from jupyterhub_upperdeck.words import _ENGLISH, _KOREAN, preferred
 
 ODD = [
     "alice",
@@ -59,3 +62,29 @@ def test_texts_are_short_and_on_one_line() -> None:
     assert size(123_456_789) == "123 MB"
     assert size(None) == ""
     assert date("2026-11-30T10:00:00Z") == "2026-11-30 10:00 UTC"
+
+
+@pytest.mark.parametrize(
+    ("accepted", "language"),
+    [
+        ("", "en"),
+        ("ko", "ko"),
+        ("ko-KR,ko;q=0.9,en-US;q=0.8", "ko"),
+        ("en-GB,ko;q=0.9", "en"),
+        ("de,fr;q=0.9,ko;q=0.5,en;q=0.1", "ko"),
+        ("ko;q=0", "en"),
+        ("ko;q=x,*", "en"),
+        ("x," * 10_000 + "ko", "en"),
+    ],
+)
+def test_the_language_is_the_browsers(accepted: str, language: str) -> None:
+    assert preferred(accepted) == language
+
+
+def test_both_languages_say_the_same() -> None:
+    def fields(words: dict[str, str]) -> dict[str, set[str]]:
+        return {
+            code: {field for _, field, _, _ in string.Formatter().parse(text) if field} for code, text in words.items()
+        }
+
+    assert fields(_ENGLISH) == fields(_KOREAN)

@@ -34,6 +34,27 @@ def test_packages_decide(changes: list[Any], starts: bool | None, codes: list[st
     assert [reason.code for reason in judged.reasons] == codes
 
 
+def program(name: str, path: str | None = None, mounted: bool = False) -> dict[str, Any]:
+    return {"name": name, "path": path, "mounted": mounted}
+
+
+@pytest.mark.parametrize(
+    ("programs", "starts", "codes"),
+    [
+        ([program("tini", "/usr/bin/tini"), program("x", "/opt/x")], True, ["program_there", "program_there"]),
+        ([program("tini", "/usr/bin/tini"), program("x")], False, ["program_there", "program_missing"]),
+        ([program("x", mounted=True)], True, ["program_mounted"]),
+        (["odd"], True, []),
+    ],
+)
+def test_programs_decide(programs: list[Any], starts: bool, codes: list[str]) -> None:
+    judged = judge_packages({**packages(), "programs": programs}, "6.1.1")
+    assert judged.starts is starts
+    assert [reason.code for reason in judged.reasons] == codes
+    # What the form says of it is what is against it.
+    assert [reason.code for reason in judged.against] == [code for code in codes if code == "program_missing"]
+
+
 def test_an_unknown_list_decides_nothing() -> None:
     assert judge_packages(None).starts is None
 
@@ -49,7 +70,7 @@ def test_a_session_says_why() -> None:
     judged = judge_session(session, packages(), hub_version="6.1.1", home="/home/jovyan")
     assert judged.starts is True
     assert [reason.code for reason in judged.reasons] == ["started_here", "home_on_volume"]
-    assert "quay.io/base:1" in judged.reasons[0].detail
+    assert "quay.io/base:1" in judged.reasons[0].sentence()
     broken = judge_session(session, packages(("jupyterhub", "removed", None)), hub_version="6.1.1")
     assert broken.starts is False
     assert "started_here" not in [reason.code for reason in broken.reasons]

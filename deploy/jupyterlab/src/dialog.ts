@@ -4,7 +4,7 @@ import { Dialog } from '@jupyterlab/apputils';
 import { Widget } from '@lumino/widgets';
 
 import { Contents, Reason, Refused, Wanted } from './api';
-import { element, plain } from './element';
+import { element, plain, reference } from './element';
 import { explain } from './saving';
 import { isWord, size, t } from './words';
 
@@ -25,7 +25,7 @@ function within(contents: Contents): HTMLElement {
     named.push(t('more', { count: more }));
   }
   return list(
-    session.image ? t('base', { image: plain(session.image) }) : null,
+    session.image ? t('base', { image: reference(session.image) }) : null,
     session.upper_bytes === null ? t('changesUnknown') : t('changes', { size: size(session.upper_bytes) }),
     named.length > 0 ? t('packages', { list: named.join(', ') }) : null
   );
@@ -44,7 +44,7 @@ function without(contents: Contents): HTMLElement {
 
 /** Returns a reason in this language; one that is not known here in the service's own words. */
 function sentence(reason: Reason): string {
-  const values = Object.fromEntries(Object.entries(reason.values).map(([name, value]) => [name, plain(value)]));
+  const values = Object.fromEntries(Object.entries(reason.values).map(([name, value]) => [name, reference(value)]));
   return isWord(reason.code) ? t(reason.code, values) : plain(reason.detail);
 }
 

@@ -30,3 +30,6 @@ export function button(text: string, kind: string, press: () => void): HTMLButto
 /** Shows what a stranger may have written: characters that reorder or hide text become escapes. */
 export const plain = (text: string): string =>
   text.replace(/[\p{Cc}\p{Cf}]/gu, char => `\\u${(char.codePointAt(0) ?? 0).toString(16).padStart(4, '0')}`);
+
+/** Shows a reference with the beginning of its digest, which is what people compare. */
+export const reference = (text: string): string => plain(text).replace(/(@sha256:[0-9a-f]{12})[0-9a-f]{52}$/, '$1…');
