@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +54,13 @@ class ProblemHandler(web.RequestHandler):
     def set_default_headers(self) -> None:
         self.clear_header("Server")
         self.set_header("X-Content-Type-Options", "nosniff")
+
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        # A refusal is no defect of this program, and a notebook can have as many of them as it wants.
+        if isinstance(value, Problem):
+            logging.getLogger("jupyterhub_upperdeck").info("%s %s: %s", self.request.method, self.request.path, value)
+        else:
+            super().log_exception(typ, value, tb)
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = (kwargs.get("exc_info") or (None, None))[1]

@@ -120,7 +120,7 @@ class SavesHandler(OwnSession):
     async def post(self) -> None:
         try:
             given = json.loads(self.request.body or b"{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             given = None
         if not isinstance(given, dict) or set(given) - _FIELDS:
             self.refuse(422, f"The body is a JSON object with some of {', '.join(sorted(_FIELDS))}.")

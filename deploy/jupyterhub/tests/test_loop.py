@@ -279,6 +279,9 @@ class TestLoop:
         # Another's session, save and image, with the own token.
         for body in ({"session": victim}, {"user": "alice"}, {"owner": "alice"}):
             assert mine.call("POST", "session/saves", json=body).status_code == 422
+        for text in ("[" * 100_000, "7", '{"name": "' + "\u202e" + '"}', '{"tag": ["x"]}'):
+            assert mine.call("POST", "session/saves", data=text.encode()).status_code == 422, text[:20]
+        assert "Traceback" not in lab.log("hub")
         save = theirs.call("GET").json()["save"]["id"]
         for method, where in [("GET", ""), ("GET", "/events"), ("DELETE", "")]:
             assert mine.call(method, f"session/saves/{save}{where}").status_code == 404
