@@ -27,7 +27,7 @@ pub(super) fn run(verb: Verb, roots: &Roots, verbose: bool) -> anyhow::Result<()
         Verb::Crd => verbs::crd(),
         Verb::Up(args) => verbs::up(roots.clone(), *args),
         Verb::Manager(args) => verbs::manager(&args),
-        Verb::Agent(args) => verbs::agent(roots.clone(), *args),
+        Verb::Agent(args) => verbs::agent(roots.clone(), &args),
         Verb::Setup(args) => setup::setup(&args),
         Verb::Key(args) => verbs::key(&args),
     }

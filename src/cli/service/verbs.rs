@@ -197,7 +197,7 @@ fn agent_options(
     Ok(options)
 }
 
-pub(super) fn agent(roots: Roots, args: service::Agent) -> anyhow::Result<()> {
+pub(super) fn agent(roots: Roots, args: &service::Agent) -> anyhow::Result<()> {
     let mut options = agent_settings(roots, &args.work, &args.push, &args.allow)?;
     if let Some(file) = &args.push.creds_file {
         secrets::warn_if_shared(file);
