@@ -40,6 +40,15 @@ class UpperdeckKubeSpawner(UpperdeckMixin, KubeSpawner):
         if image is not None:
             await self._add_pull_secret(image)
 
+    async def stop(self, now: bool = False) -> Any:
+        stopped = await super().stop(now=now)
+        if self.upperdeck_pull_secrets is not None:
+            try:
+                await self.upperdeck_pull_secrets.remove(self)
+            except Problem as problem:
+                self.log.warning("Stop of %s: %s", self._log_name, problem)
+        return stopped
+
     async def _resolve_profile(self) -> None:
         """Looks up the saved image that the user chose by a profile, or that a link names by its reference."""
         options: dict[str, Any] = self.user_options

@@ -122,9 +122,25 @@ class PullSecrets:
         except (ValueError, KeyError, TypeError) as error:
             # A reply that is none of Harbor's, e.g. of a proxy before it.
             raise Problem.unavailable(f"no credential can be made: {type(error).__name__}: {error}") from error
-        name = f"upperdeck-pull-{key}"
+        name = _secret_name(key)
         await write_secret(spawner, secret(name, image.repository.split("/")[0], user, password))
         return name
+
+    async def remove(self, spawner: Any) -> None:
+        """Deletes the Secret of a server that has stopped, if there is one. The credential expires by itself.
+
+        Fails with :class:`Problem`.
+        """
+        name = _secret_name(secret_key(spawner.user.name, spawner.name))
+        try:
+            await spawner.api.delete_namespaced_secret(name, spawner.namespace)
+        except Exception as error:
+            if getattr(error, "status", None) != 404:
+                raise Problem.unavailable(f"the Secret {name} cannot be deleted: {error}") from error
+
+
+def _secret_name(key: str) -> str:
+    return f"upperdeck-pull-{key}"
 
 
 def secret_key(user: str, server: str) -> str:

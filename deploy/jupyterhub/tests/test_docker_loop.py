@@ -60,6 +60,14 @@ def test_saved_on_stop_and_started_from_it(lab: DockerLab) -> None:
     assert session.shell("python3 -c 'import greeting; print(greeting.WORDS)'") == "hello from a package"
     assert session.shell("cat ~/note.txt") == "kept"
     assert lab.engine("inspect", "--format", "{{.Config.Image}}", session.container) == references[1]
+
+    def start_codes() -> list[str]:
+        judged = session.known()["start"]
+        assert judged["starts"] is True, judged
+        return [reason["code"] for reason in judged["reasons"]]
+
+    # What starts it is looked for in its files, once these were read.
+    until("the program is found", lambda: start_codes() == ["started_here", "program_there"])
     # The choice is kept.
     session.known()
     alice.stop()

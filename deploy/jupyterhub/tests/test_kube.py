@@ -65,6 +65,10 @@ class Api:
         self.secrets[namespace, name] = body
 
     async def delete_namespaced_secret(self, name: str, namespace: str) -> None:
+        if (namespace, name) not in self.secrets:
+            error = RuntimeError("NotFound")
+            error.status = 404  # type: ignore[attr-defined]
+            raise error
         del self.secrets[namespace, name]
 
 
@@ -149,6 +153,25 @@ async def test_each_user_starts_from_the_own_image(user: str) -> None:
     await started.load_user_options()
     assert len(started.api.secrets) == 1
     assert started.upperdeck_session() == {"namespace": "hub", "pod": started.pod_name, "container": "notebook"}
+
+
+async def test_the_pull_secret_is_deleted_at_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stop(self: Any, now: bool = False) -> None:
+        pass
+
+    monkeypatch.setattr(KubeSpawner, "stop", stop)
+    manager = FakeManager()
+    manager.images = [image("alice", "work", "1")]
+    started = spawner(manager, "alice", {"image": "harbor.example.org/alice/work:monday"})
+    started.upperdeck_pull_secrets = PullSecrets(Credentials())
+    await started.load_user_options()
+    assert len(started.api.secrets) == 1
+    await started.stop(now=True)
+    assert started.api.secrets == {}
+    # There is none for an image of the site, and a cluster that is away does not keep a server from stopping.
+    await started.stop(now=True)
+    started.api = None
+    await started.stop(now=True)
 
 
 async def test_named_servers_are_sessions_of_one_owner() -> None:
