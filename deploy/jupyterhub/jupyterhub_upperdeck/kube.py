@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from kubespawner import KubeSpawner
 from tornado import web
 from traitlets import Any as AnyTrait
 
-from .images import KEY_PREFIX, SavedImage
+from .images import KEY_PREFIX, SavedImage, saved_images
 from .manager import Problem
-from .spawner import IMAGE_OPTION, UpperdeckMixin
+from .spawner import IMAGE_OPTION, UpperdeckMixin, groups_of
 from .words import words_of
+
+_LOOKED_AT = 30
 
 
 class UpperdeckKubeSpawner(UpperdeckMixin, KubeSpawner):
@@ -23,6 +26,17 @@ class UpperdeckKubeSpawner(UpperdeckMixin, KubeSpawner):
         help="A jupyterhub_upperdeck.pull.PullSecrets: makes a credential for each start from a private project. "
         "Without it, image_pull_secrets or the nodes have one for all.",
     ).tag(config=True)
+
+    async def get_options_form(self) -> str:
+        if self._last_stop is not None:
+            with contextlib.suppress(Problem):
+                images = await saved_images(
+                    self.upperdeck_manager, self.upperdeck_owner, groups=groups_of(self), most=_LOOKED_AT
+                )
+                if key := self.upperdeck_continued(images):
+                    # What KubeSpawner's template marks as chosen. A start sets the options that the user sends.
+                    self.user_options: Any = {**(self.user_options or {}), "profile": key}
+        return await super().get_options_form()
 
     def _options_from_form(self, formdata: dict[str, list[Any]]) -> dict[str, Any]:
         form = dict(formdata)

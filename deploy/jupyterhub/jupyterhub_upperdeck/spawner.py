@@ -176,6 +176,8 @@ class UpperdeckMixin(_Base):
         return self.save_on_stop_default if self._saves_on_stop is None else self._saves_on_stop
 
     async def stop(self, now: bool = False) -> Any:
+        # The page speaks of this stop, not of one before it.
+        self._last_stop = None
         if not now and self.upperdeck_saves:
             await self.upperdeck_save()
         return await super().stop(now=now)
@@ -265,6 +267,14 @@ class UpperdeckMixin(_Base):
             yield
         except Problem as problem:
             raise web.HTTPError(503, words_of(self)("image_unchecked", reason=problem)) from problem
+
+    def upperdeck_continued(self, images: Iterable[SavedImage]) -> str | None:
+        """Returns the key of the image that the last stop saved, from which the user most likely goes on."""
+        last = self._last_stop.image if self._last_stop else None
+        found = (
+            image.key for image in images if not image.shared and last in [f"{image.name}:{tag}" for tag in image.tags]
+        )
+        return next(found, None)
 
     # --- the spawn page
 
@@ -357,7 +367,7 @@ class ImageForm(UpperdeckMixin):
                 '<div class="alert alert-warning" id="upperdeck-problem">'
                 f"{markup(words('image_unlisted', reason=error), 400)}</div>"
             )
-        chosen = str((self.user_options or {}).get(IMAGE_OPTION, ""))
+        chosen = self.upperdeck_continued(images) or str((self.user_options or {}).get(IMAGE_OPTION, ""))
         site = list(self.upperdeck_site_images()) or [""]
         if chosen not in [*site, *(image.key for image in images)]:
             chosen = site[0]

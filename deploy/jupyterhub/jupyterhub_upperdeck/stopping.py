@@ -37,6 +37,11 @@ class Outcome:
         """Returns the sentences for people."""
         return shorten(" ".join(words(code, **values) for code, values in self.said), 400)
 
+    @property
+    def image(self) -> str | None:
+        """Name and tag of what was saved."""
+        return next((values["image"] for code, values in self.said if code in ("saved", "saved_changes")), None)
+
     def as_json(self) -> Json:
         return {"saved": self.saved, "at": self.at, "said": [[code, values] for code, values in self.said]}
 

@@ -14,6 +14,7 @@ from fake import FakeManager, image
 from jupyterhub_upperdeck.docker import UpperdeckDockerSpawner
 from jupyterhub_upperdeck.images import _read
 from jupyterhub_upperdeck.manager import Manager
+from jupyterhub_upperdeck.stopping import Outcome
 
 MINE = image("alice", "mine", "1")
 THEIRS = image("bob", "theirs", "2")
@@ -56,6 +57,14 @@ async def test_the_form_has_the_sites_images_and_the_users() -> None:
     assert "{{" not in form
     chosen = spawner().options_from_form({"image": [key(MINE)], "upperdeck_save_on_stop": ["no"]})
     assert chosen == {"image": key(MINE), "upperdeck_save_on_stop": False}
+
+
+async def test_what_the_last_stop_saved_is_chosen() -> None:
+    made = spawner(options={"image": "Base"})
+    made._last_stop = Outcome.now(True, ("saved", {"image": "mine:monday"}))
+    assert f'value="{key(MINE)}" checked' in await made.get_options_form()
+    made._last_stop = None
+    assert 'value="Base" checked' in await made.get_options_form()
 
 
 async def test_only_images_of_the_user_are_started() -> None:

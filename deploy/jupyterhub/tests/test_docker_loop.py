@@ -47,6 +47,7 @@ def test_saved_on_stop_and_started_from_it(lab: DockerLab) -> None:
     alice.enter_portal()
     [image] = alice.portal("GET", "api/v1/images").json()["images"]
     key = page.split('value="saved-')[1].split('"')[0]
+    assert f'value="saved-{key}" checked' in page, "the user goes on from there"
     # Another user's.
     references = [image["tags"][0]["reference"], f"{image['repository']}@{image['digest']}"]
     for named in (f"saved-{key}", *references):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from jupyterhub_upperdeck import owner_of, profile_list
 from jupyterhub_upperdeck.kube import UpperdeckKubeSpawner
 from jupyterhub_upperdeck.manager import Manager
 from jupyterhub_upperdeck.pull import PullSecrets
+from jupyterhub_upperdeck.stopping import Outcome
 
 USERS = [
     "alice",
@@ -280,6 +282,20 @@ async def test_without_the_manager_the_sites_profiles_start_and_the_page_says_so
     with pytest.raises(web.HTTPError) as refused:
         await made.load_user_options()
     assert refused.value.status_code == 503
+
+
+async def test_what_the_last_stop_saved_is_chosen() -> None:
+    manager = FakeManager()
+    manager.images = [image("alice", "work", "1"), image("alice", "course", "2")]
+    made = spawner(manager, "alice", {"profile": "base"})
+    for name in ("work", "course"):
+        made._last_stop = Outcome.now(True, ("saved", {"image": f"{name}:monday"}))
+        form = await made.get_options_form()
+        [key] = [found.key for found in await made.upperdeck_images() if found.name == name]
+        [chosen] = re.findall(r'<input[^>]*value="([^"]*)"[^>]*checked', form, re.DOTALL)[:1]
+        assert chosen == key
+    made._last_stop = Outcome.now(False, ("saved_not", {"reason": "x"}))
+    assert made.upperdeck_continued(await made.upperdeck_images()) is None
 
 
 async def test_the_choice_to_save_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
