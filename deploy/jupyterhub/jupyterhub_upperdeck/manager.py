@@ -15,7 +15,7 @@ from .keys import Signer
 
 Json = dict[str, Any]
 
-CONNECT_S = 5.0
+CONNECT_S = 20.0
 REQUEST_S = 30.0
 PAGE = 500
 _MAX_PAGES = 100
