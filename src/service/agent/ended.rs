@@ -7,11 +7,10 @@ use std::collections::HashMap;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash as _, Hasher as _};
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use super::inventory::session;
 use super::options::Options;
+use super::session::session;
 use crate::common::pod;
 use crate::node::container::{self, Container, End, Problem};
 use crate::service::job::{Session, SessionEnd, now_ms};
@@ -24,54 +23,6 @@ const READ_EVERY: Duration = Duration::from_secs(60);
 const SETTLE: Duration = Duration::from_secs(5);
 /// Time after that for one more reading.
 const LAST_LOOK: Duration = Duration::from_secs(2);
-
-/// Label or annotation of a pod with a [`SaveEnded`] for its sessions.
-const SAVE_ON_END: &str = "upperdeck.io/save-on-end";
-
-/// Which sessions are saved when they end, without being asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum SaveEnded {
-    /// None.
-    #[default]
-    Never,
-    /// Those that end with an exit code other than 0, or because their memory is used up.
-    Failure,
-    /// All.
-    Always,
-}
-
-impl FromStr for SaveEnded {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "never" => Ok(Self::Never),
-            "failure" => Ok(Self::Failure),
-            "always" => Ok(Self::Always),
-            _ => Err("expected never, failure or always".to_owned()),
-        }
-    }
-}
-
-impl SaveEnded {
-    /// Returns what applies to a session: what its pod says, in an annotation or else a label, or else `self`. A value that
-    /// is not known counts as none.
-    fn of(self, container: &Container) -> Self {
-        let said = container.pod.as_ref().and_then(|pod| {
-            let annotated = pod.annotations.get(SAVE_ON_END);
-            annotated.or_else(|| pod.labels.get(SAVE_ON_END))
-        });
-        said.and_then(|said| said.parse().ok()).unwrap_or(self)
-    }
-
-    fn wants(self, end: &End) -> bool {
-        match self {
-            Self::Never => false,
-            Self::Failure => end.out_of_memory || end.exit_code != Some(0),
-            Self::Always => true,
-        }
-    }
-}
 
 /// One run of a container: its first process, and when that was started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -254,6 +205,7 @@ pub(super) fn mark(sessions: &[Session]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::save_ended::{SAVE_ON_END, SaveEnded};
     use super::*;
     use crate::node::container::{Life, Pod};
     use crate::service::agent::OwnerRule;

@@ -13,6 +13,8 @@ mod options;
 mod owner;
 mod refusal;
 mod reporter;
+mod save_ended;
+mod session;
 mod spool;
 mod stuck;
 mod user_values;
@@ -40,10 +42,10 @@ use stuck::StuckProcesses;
 use tokio_util::sync::CancellationToken;
 use watch::Watch;
 
-pub use ended::SaveEnded;
 pub(crate) use options::host_name;
 pub use options::{Allowed, AllowedError, Options, Registry};
 pub use owner::{OwnerRule, RuleError};
+pub use save_ended::SaveEnded;
 
 /// Why an agent does not start. A running agent ends only on request.
 #[derive(Debug, thiserror::Error)]

@@ -11,8 +11,8 @@ use crate::node::background::DEFAULT_FLOOR_PERCENT;
 use crate::node::container::{Pattern, Roots};
 use crate::service::queue::HEARTBEAT_EVERY;
 
-use super::ended::SaveEnded;
 use super::owner::OwnerRule;
+use super::save_ended::SaveEnded;
 
 /// Default memory limit of a child in bytes: twice what the names and attributes of a tree may take (`--max-memory`),
 /// with a reserve for all threads.

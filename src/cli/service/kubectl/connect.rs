@@ -165,10 +165,7 @@ impl Connection {
 }
 
 fn wrong(error: &(dyn std::error::Error + 'static)) -> Usage {
-    Usage(format!(
-        "the kubeconfig: {}",
-        kubernetes::message_of(error)
-    ))
+    Usage(format!("the kubeconfig: {}", kubernetes::message_of(error)))
 }
 
 /// Parses `--server`.

@@ -298,7 +298,11 @@ impl Cluster {
             return Ok(allowed);
         }
         let asked = Instant::now();
-        let answer = self.answer(&review, &self.questions).await?.status.unwrap_or_default();
+        let answer = self
+            .answer(&review, &self.questions)
+            .await?
+            .status
+            .unwrap_or_default();
         let allowed = answer.allowed && answer.denied != Some(true);
         self.grants.put(key, allowed, asked);
         Ok(allowed)
