@@ -9,7 +9,7 @@ use rustix::process::{Resource, getrlimit};
 
 use super::{Finding, Options};
 use crate::common::escape;
-use crate::service::setup::MANAGER_USER;
+use crate::service::setup;
 
 /// Open files that one save may need for uploads, connections and clones. The agent and a manager need far fewer.
 const DESCRIPTORS: u64 = 4096;
@@ -58,9 +58,10 @@ fn judge_limit(most: Option<u64>) -> Finding {
 pub(super) fn secrets(options: &Options) -> Vec<Finding> {
     let own = rustix::process::geteuid().as_raw();
     // A group of its own, and that of the managers' user, to which 'setup' gives the files that both services read.
-    let managers = nix::unistd::Group::from_name(MANAGER_USER);
-    let managers = managers.ok().flatten().map(|group| group.gid.as_raw());
-    let own_groups = [Some(rustix::process::getegid().as_raw()), managers];
+    let own_groups = [
+        Some(rustix::process::getegid().as_raw()),
+        setup::managers_group(),
+    ];
     let mut found: Vec<Finding> = Vec::new();
     for secret in &options.secrets {
         let name = format!("--{} {}", secret.setting, shown(&secret.path));

@@ -14,6 +14,7 @@ use zeroize::Zeroizing;
 
 pub(crate) use self::machine::{Action, State};
 pub(crate) use self::record::default_record;
+pub(crate) use self::users::managers_group;
 
 use self::machine::{Machine, Owner, ROOT, User};
 use crate::common::{escape, private_files, regular_file};
@@ -29,7 +30,7 @@ const NODE_STATE: &str = "/var/lib/upperdeck";
 /// Directory of the manager's user: the record.
 const MANAGER_STATE: &str = "/var/lib/upperdeck-manager";
 /// User that managers run as.
-pub(crate) const MANAGER_USER: &str = "upperdeck";
+const MANAGER_USER: &str = "upperdeck";
 /// Secrets that the administrator provides, with the setting that names each.
 const MANAGER_SECRETS: [(&str, &str); 4] = [
     ("/etc/upperdeck/robot", "creds_file"),

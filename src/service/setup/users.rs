@@ -47,22 +47,35 @@ pub(super) fn find_or_create(
     Ok(user)
 }
 
+/// The machine's user database.
+const FILE: &str = "/etc/passwd";
+
+/// Returns the group of the user that managers run as, if there is one.
+pub(crate) fn managers_group() -> Option<u32> {
+    let users = regular_file::read(FILE.as_ref(), MAX_USERS).ok()?;
+    ids_of(&String::from_utf8_lossy(&users), super::MANAGER_USER).map(|(_, gid)| gid)
+}
+
+/// Returns the IDs of a user and of its group.
+fn ids_of(users: &str, name: &str) -> Option<(u32, u32)> {
+    users.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let found = fields.next()? == name;
+        let ids = (fields.nth(1)?.parse().ok()?, fields.next()?.parse().ok()?);
+        found.then_some(ids)
+    })
+}
+
 fn find(machine: &Machine<'_>, name: &'static str) -> Result<Option<User>, Error> {
-    const FILE: &str = "/etc/passwd";
     let users = match regular_file::read(&machine.at(FILE), MAX_USERS) {
         Ok(users) => String::from_utf8_lossy(&users).into_owned(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(failed(FILE, error)),
     };
-    Ok(users.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let found = fields.next()? == name;
-        let (uid, gid) = (fields.nth(1)?.parse().ok()?, fields.next()?.parse().ok()?);
-        found.then_some(User {
-            name,
-            uid: Some(uid),
-            gid: Some(gid),
-        })
+    Ok(ids_of(&users, name).map(|(uid, gid)| User {
+        name,
+        uid: Some(uid),
+        gid: Some(gid),
     }))
 }
 

@@ -564,7 +564,7 @@ mod tests {
                 explicit: false,
             };
             let found = found.search("h", "x");
-            nix::unistd::setfsuid(nix::unistd::geteuid());
+            nix::unistd::setfsuid(rustix::process::geteuid().as_raw().into());
             io::Result::Ok(found)
         });
         let closed = closed.join().unwrap().unwrap().unwrap();
