@@ -345,15 +345,19 @@ class Lab:
             self._remove_containers()
         for daemon in self.daemons:
             daemon.stop()
+        for mount in self.mounts():
+            subprocess.run(["umount", "--quiet", mount], check=False)
         if os.environ.get("UPPERDECK_KEEP_LAB") != "1":
             shutil.rmtree(self.directory, ignore_errors=True)
+
+    def mounts(self) -> list[Path]:
+        """Returns what engines leave mounted."""
+        left = (self.directory / "podman/root/overlay", self.directory / "docker/exec/netns/default")
+        return [path for path in left if path.exists()]
 
     def _remove_containers(self) -> None:
         for words in (["rm", "--all", "--force", "--time", "1"], ["rmi", "--all", "--force"]):
             subprocess.run(["podman", *words], env=self.engine_environment, capture_output=True, check=False)
-        overlay = self.directory / "podman/root/overlay"
-        if overlay.exists():
-            subprocess.run(["umount", "--quiet", str(overlay)], check=False)
 
 
 class DockerLab(Lab):
