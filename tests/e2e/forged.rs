@@ -216,7 +216,7 @@ fn a_forged_root_is_refused_by_the_agent() -> Result<()> {
     };
     let program = program(&lab.scratch)?;
     let redis = Redis::start(&lab.scratch)?;
-    let service = Service::start(&lab.scratch, &lab.roots, &redis, &lab.registry)?;
+    let service = Service::start(&lab.scratch, &lab.roots, &redis, &lab.registry, &[])?;
     let pod = pod(&lab, &program, &TRIES[0])?;
     service.wait_for_sessions(1)?;
     let submit = |tag: &str| {

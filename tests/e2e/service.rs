@@ -27,6 +27,11 @@ struct ServiceLab {
 
 impl ServiceLab {
     fn new() -> Result<Option<Self>> {
+        Self::with(&[])
+    }
+
+    /// Starts a service whose agent has further flags.
+    fn with(flags: &[&str]) -> Result<Option<Self>> {
         if ignored(&[Need::Program("redis-server"), Need::Program("redis-cli")]) {
             return Ok(None);
         }
@@ -34,7 +39,7 @@ impl ServiceLab {
             return Ok(None);
         };
         let redis = Redis::start(&lab.scratch)?;
-        let service = Service::start(&lab.scratch, &lab.roots, &redis, &lab.registry)?;
+        let service = Service::start(&lab.scratch, &lab.roots, &redis, &lab.registry, flags)?;
         Ok(Some(Self {
             service,
             redis,
@@ -88,6 +93,70 @@ fn a_save_is_accepted_while_redis_is_down() -> Result<()> {
         "{}",
         String::from_utf8_lossy(&watched.stderr)
     );
+    Ok(())
+}
+
+/// A container that is killed is shown with its exit code, saved by itself, and saved by request, too.
+#[test]
+fn what_is_killed_is_shown_and_saved_by_itself() -> Result<()> {
+    let Some(mut centre) = ServiceLab::with(&["--save-ended", "failure"])? else {
+        return Ok(());
+    };
+    let pod = centre.session("alice")?;
+    centre.lab.containerd.shell(&pod, WORK)?;
+    centre.service.wait_for_sessions(1)?;
+    let seen = centre.lab.scratch.path().join("seen");
+    let copied = crate::host::command("cp", ["-a"])
+        .args([&pod.rootfs, &seen])
+        .status()?;
+    ensure!(copied.success(), "{copied}");
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(pod.pid),
+        nix::sys::signal::Signal::SIGKILL,
+    )?;
+    let mut last = Value::Null;
+    crate::host::wait_until("the save by itself", || {
+        last = centre
+            .service
+            .ask(Some("alice"), &["job", "ls", "--format", "json"])
+            .unwrap_or_default();
+        text(&last["saves"][0], "state") == "succeeded"
+    })
+    .with_context(|| format!("{last}\n{}", centre.service.log("agent")))?;
+    let save = &last["saves"][0];
+    ensure!(
+        text(save, "tag").starts_with("ended-") && save["pause_ms"].is_null(),
+        "{save}"
+    );
+    let rootfs = unpack(&centre.lab.scratch, text(save, "target"))?;
+    same_tree(&seen, &rootfs, LEFT_OUT, TOUCHED_BY_RUNTIMES, 60)?;
+    let sessions = ["job", "sessions", "--format", "json"];
+    let shown = centre.service.ask(Some("alice"), &sessions)?;
+    assert_eq!(shown[0]["ended"]["exit_code"], 137, "{shown}");
+    assert_eq!(shown[0]["ended"]["save"], true);
+
+    // Not once more by an agent and a manager that were started anew. The kubelet makes a new container in the pod, which
+    // has no owner here.
+    centre.service.crash_agent()?;
+    centre.service.crash_manager()?;
+    centre
+        .lab
+        .containerd
+        .next_container(&pod, &centre.lab.image)?;
+    centre.service.wait_for_sessions(2)?;
+    let name = format!("jupyter/{}", pod.name);
+    let words = ["job", "submit", "--watch", &name, "mine:old"];
+    let done = centre.service.output(Some("alice"), &words)?;
+    ensure!(
+        done.status.success(),
+        "{}",
+        String::from_utf8_lossy(&done.stderr)
+    );
+    let saves = centre
+        .service
+        .ask(Some("alice"), &["job", "ls", "--format", "json"])?;
+    assert_eq!(saves["saves"].as_array().map(Vec::len), Some(2), "{saves}");
+    assert_eq!(text(&saves["saves"][0], "session"), pod.container);
     Ok(())
 }
 

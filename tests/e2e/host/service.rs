@@ -28,6 +28,8 @@ pub struct Service {
     redis: String,
     registry: String,
     state: PathBuf,
+    /// Further flags of the agent.
+    flags: Vec<String>,
 }
 
 /// Writes the managers' `key` and node-1's `node-key` to `dir`, as an administrator would.
@@ -53,7 +55,9 @@ impl Service {
         roots: &Roots,
         redis: &Redis,
         registry: &Registry,
+        flags: &[&str],
     ) -> Result<Self> {
+        let flags: Vec<String> = flags.iter().map(|flag| (*flag).to_owned()).collect();
         let dir = scratch.dir("service")?;
         write_keys(&dir)?;
         fs::write(dir.join("portal"), PORTAL)?;
@@ -72,8 +76,9 @@ impl Service {
         let (redis, registry) = (redis.url(), registry.host.clone());
         let mut service = Self {
             manager: Self::spawn_manager(&dir, roots, port, &redis, &registry)?,
-            agent: Self::spawn_agent(&dir, roots, &redis, &registry)?,
+            agent: Self::spawn_agent(&dir, roots, &redis, &registry, &flags)?,
             state: crate::save::state_dir(roots),
+            flags,
             dir,
             roots: roots.clone(),
             port,
@@ -112,7 +117,13 @@ impl Service {
         Daemon::start(&mut manager, dir.join("manager.log"))
     }
 
-    fn spawn_agent(dir: &Path, roots: &Roots, redis: &str, registry: &str) -> Result<Daemon> {
+    fn spawn_agent(
+        dir: &Path,
+        roots: &Roots,
+        redis: &str,
+        registry: &str,
+        flags: &[String],
+    ) -> Result<Daemon> {
         let mut agent = upperdeck_itself("agent", roots);
         agent
             .args(["--log", "info", "--tls-verify=false", "--redis", redis])
@@ -121,7 +132,8 @@ impl Service {
             .arg("--key-file")
             .arg(dir.join("node-key"))
             .arg("--spool-dir")
-            .arg(dir.join("spool"));
+            .arg(dir.join("spool"))
+            .args(flags);
         Daemon::start(&mut agent, dir.join("agent.log"))
     }
 
@@ -148,7 +160,13 @@ impl Service {
     /// Sends SIGKILL to the agent and starts a new one.
     pub fn crash_agent(&mut self) -> Result<()> {
         self.agent.kill()?;
-        self.agent = Self::spawn_agent(&self.dir, &self.roots, &self.redis, &self.registry)?;
+        self.agent = Self::spawn_agent(
+            &self.dir,
+            &self.roots,
+            &self.redis,
+            &self.registry,
+            &self.flags,
+        )?;
         Ok(())
     }
 
