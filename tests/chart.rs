@@ -304,9 +304,36 @@ fn values_that_cannot_work_are_refused() -> Outcome {
             &[IMAGE, TARGET, "preset=erofs", "agent.mountPropagation=None"],
             "agent.mountPropagation",
         ),
+        (&[IMAGE, TARGET, "agent.settings.slots.x=1"], "slots"),
+        // Passwords would stand in a ConfigMap.
         (
-            &[IMAGE, TARGET, "agent.settings.slots.x=1"],
-            "settings.slots",
+            &[
+                IMAGE,
+                TARGET,
+                "record.postgres=postgres://u:pw@db/upperdeck",
+            ],
+            "/record/postgres",
+        ),
+        (
+            &[IMAGE, TARGET, "redis.url=redis://:pw@redis"],
+            "/redis/url",
+        ),
+        (
+            &[IMAGE, TARGET, "fullnameOverride=a.b"],
+            "/fullnameOverride",
+        ),
+        (
+            &[IMAGE, TARGET, "agent.podAnnotations.x=1"],
+            "podAnnotations",
+        ),
+        (
+            &[
+                IMAGE,
+                TARGET,
+                "record.sqlite.hostPath=/srv",
+                "record.sqlite.existingClaim=c",
+            ],
+            "/record/sqlite",
         ),
         (&[IMAGE, TARGET, "ingress.enabled=true"], "ingress.host"),
     ] {

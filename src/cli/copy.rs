@@ -89,16 +89,16 @@ pub(super) fn run(args: &ImageCp) -> anyhow::Result<()> {
 }
 
 /// Splits `IMAGE:/PATH` at the first colon before a slash, but for that of a transport.
-fn split(source: &str) -> Result<(&str, &str), Usage> {
+fn split(text: &str) -> Result<(&str, &str), Usage> {
     let transports = ["docker://", "oci:", "oci-archive:"];
     let of = transports
         .iter()
-        .find(|transport| source.starts_with(**transport))
+        .find(|transport| text.starts_with(**transport))
         .map_or(0, |transport| transport.len());
-    match source[of..].find(":/") {
-        Some(colon) if colon > 0 => Ok((&source[..of + colon], &source[of + colon + 1..])),
+    match text[of..].find(":/") {
+        Some(colon) if colon > 0 => Ok((&text[..of + colon], &text[of + colon + 1..])),
         _ => Err(Usage(format!(
-            "{source:?} names no path in an image: write IMAGE:/PATH, e.g. oci:/srv/images:monday:/etc/hosts"
+            "{text:?} names no path in an image: write IMAGE:/PATH, e.g. oci:/srv/images:monday:/etc/hosts"
         ))),
     }
 }

@@ -144,8 +144,8 @@ async fn kept(
     let ids = history::diff_ids(config).map_err(|reason| failed(&args.image, reason))?;
     if ids.len() != total {
         let reason = format!(
-            "its config lists {} layers, its manifest {total}",
-            ids.len()
+            "its config lists {}, its manifest {total}",
+            count(ids.len(), "layer", "layers")
         );
         return Err(failed(&args.image, reason).into());
     }

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::exit::Usage;
 use super::failure::Failure;
 use super::{args, options, progress, signals, write_stdout};
+use crate::common::message::count;
 use crate::node::container::{self, Roots};
 use crate::save::event::Observer;
 use crate::save::{self, Pause};
@@ -36,8 +37,8 @@ pub(super) fn commit(roots: &Roots, args: args::Commit, verbose: bool) -> anyhow
     let containers = container::of_pod(roots, &pod).map_err(save::Error::from)?;
     if containers.len() > MOST {
         let why = format!(
-            "the pod has {} containers, and at most {MOST} are saved at one instant",
-            containers.len()
+            "the pod has {}, and at most {MOST} are saved at one instant",
+            count(containers.len(), "container", "containers")
         );
         return Err(Usage(why).into());
     }

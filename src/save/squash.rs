@@ -12,6 +12,7 @@ use tokio::runtime::Handle;
 use super::source::{Image, SourceError, layer_digest};
 use super::{Error, base};
 use crate::common::digest::Digest;
+use crate::common::message;
 use crate::image::extract::ExtractError;
 use crate::image::extract::spool::Spool;
 use crate::image::verify::archive::ArchiveError;
@@ -45,10 +46,10 @@ pub(crate) enum SquashError {
     #[error("the content of {0} is in no layer: this is a defect of upperdeck")]
     Content(String),
     /// The new layer does not give the same tree.
-    #[error("the squashed image would not be the same, nothing was published: {count} differences, e.g. {}", .first.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    #[error("the squashed image would not be the same, nothing was published: {number}, e.g. {}", .first.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
     Differs {
-        /// Their number.
-        count: usize,
+        /// Their number, with the noun.
+        number: String,
         /// The first of them.
         first: Vec<Difference>,
     },
@@ -107,7 +108,7 @@ pub(crate) fn squash(
     let differences = compare(&all, &stack.into_tree(), &Ignore::default());
     if !differences.is_empty() {
         return Err(SquashError::Differs {
-            count: differences.len(),
+            number: message::count(differences.len(), "difference", "differences"),
             first: differences.into_iter().take(NAMED).collect(),
         });
     }

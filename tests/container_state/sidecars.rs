@@ -117,6 +117,7 @@ fn a_container_that_has_ended_is_meant_as_one_that_runs() -> Outcome {
         recorded["exitCode"] = code.into();
         Ok(node.write(&state, recorded.to_string())?)
     };
+    node.write("proc/stat", "btime 1700000000\n")?;
     let (before, after) = ("2001-01-01T00:00:00Z", "2999-01-01T00:00:00Z");
     for (at, code) in [(after, 137), (after, 0), (before, 1)] {
         end(at, code)?;

@@ -4,6 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::json::{parse_object, to_bytes, unexpected_type};
 use super::{Blob, CONFIG, Error, Image, Layer, MANIFEST, layer_descriptor};
+use crate::common::message;
 
 const WHAT: &str = "the image's config";
 const WHAT_MANIFEST: &str = "the image's manifest";
@@ -143,7 +144,7 @@ fn squashed_history(
     entry.insert("created_by".to_owned(), json!(created_by));
     let comment = match squashed.len() {
         1 => "1 layer, rewritten".to_owned(),
-        layers => format!("{layers} layers, squashed"),
+        layers => format!("{}, squashed", message::count(layers, "layer", "layers")),
     };
     let said = last["comment"].as_str().filter(|said| !said.is_empty());
     let comment = said.map_or(comment.clone(), |said| format!("{said} ({comment})"));

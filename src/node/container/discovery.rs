@@ -251,7 +251,8 @@ fn find_within(roots: &Roots, name: &str, reach: Reach) -> Result<Container, Err
     };
     // On record with a process that is there, and not among those that run.
     let changing = ended::records(roots).into_iter().find(is_meant);
-    if let Some(record) = changing.filter(|_| process::shows_initial_namespace(roots)) {
+    let sees_all = problems.is_empty() && process::shows_initial_namespace(roots);
+    if let Some(record) = changing.filter(|_| sees_all) {
         return Err(Error::StartedAgain {
             container: record.id.clone(),
             detail: "it is being started or stopped".to_owned(),
@@ -316,7 +317,7 @@ fn may_be_init(end: &End, since: Option<i64>) -> bool {
         end.at
             .is_some_and(|at| at.as_millisecond() <= since + SLACK_MS)
     };
-    end.exit_code == Some(0) && since.is_none_or(ended_before)
+    end.exit_code == Some(0) && since.is_some_and(ended_before)
 }
 
 /// Reduces the containers of a pod that was named without a container, running ones and the last runs of others, to the

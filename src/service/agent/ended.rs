@@ -321,7 +321,6 @@ mod tests {
             exit_code: Some(0),
             ..recorded()
         };
-        use SaveEnded::{Always, Failure, Never};
         assert!(!save(Never, None, recorded()));
         assert!(save(Failure, None, recorded()) && !save(Failure, None, by_itself()));
         assert!(save(Always, None, by_itself()));

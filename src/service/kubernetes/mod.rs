@@ -9,6 +9,8 @@ use kube::client::AuthError;
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config};
 
+use crate::common::{escape, message};
+
 /// API group of the resources that permissions to save are granted on.
 pub const GROUP: &str = "upperdeck.io";
 /// Default audience of the tokens that are sent to a manager.
@@ -61,21 +63,18 @@ pub(crate) fn trim_token_file(config: &mut Config) {
 
 /// Returns what an error says without the output of a program for credentials, which may contain them.
 pub(crate) fn message_of(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut cause = Some(error);
-    while let Some(now) = cause {
-        match now.downcast_ref::<AuthError>() {
-            Some(AuthError::AuthExecRun { cmd, status, out }) => {
-                let stderr = String::from_utf8_lossy(&out.stderr);
-                let said = crate::common::escape::limited(stderr.trim(), 500);
-                return format!("its program for credentials ({cmd}) ended with {status}: {said}");
-            }
-            Some(AuthError::AuthExecParse(_)) => {
-                return "its program for credentials printed no ExecCredential".to_owned();
-            }
-            _ => cause = now.source(),
+    let mut causes = message::chain(error);
+    match causes.find_map(|cause| cause.downcast_ref::<AuthError>()) {
+        Some(AuthError::AuthExecRun { cmd, status, out }) => {
+            let stderr = String::from_utf8_lossy(&out.stderr);
+            let said = escape::limited(stderr.trim(), 500);
+            format!("its program for credentials ({cmd}) ended with {status}: {said}")
         }
+        Some(AuthError::AuthExecParse(_)) => {
+            "its program for credentials printed no ExecCredential".to_owned()
+        }
+        _ => message::of(error),
     }
-    crate::common::message::of(error)
 }
 
 /// Creates a client.

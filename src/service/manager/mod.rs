@@ -270,7 +270,7 @@ impl Server {
         let of_resources = app.clone();
         let following = tokio::spawn(async move {
             if let Some(controller) = &of_resources.controller {
-                controller.run(&of_resources).await;
+                Box::pin(controller.run(&of_resources)).await;
             }
         });
         let ending = async {

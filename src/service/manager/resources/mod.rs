@@ -249,8 +249,7 @@ impl Followed {
             }
             _ => is_requested(save) || turns.get(uid).is_none_or(Turn::is_over),
         };
-        let mut by_namespace: BTreeMap<String, Vec<(Option<Instant>, &String, &Save)>> =
-            BTreeMap::new();
+        let mut by_namespace = BTreeMap::<String, Vec<_>>::new();
         for (uid, save) in saves.iter().filter(|(uid, save)| is_due(uid, save)) {
             let of_namespace = by_namespace.entry(save.namespace().unwrap_or_default());
             let last = turns.get(uid).map(|turn| turn.at);
