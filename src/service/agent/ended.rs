@@ -321,15 +321,21 @@ mod tests {
             exit_code: Some(0),
             ..recorded()
         };
-        assert!(!save(Never, None, recorded()));
-        assert!(save(Failure, None, recorded()) && !save(Failure, None, by_itself()));
-        assert!(save(Always, None, by_itself()));
-        assert!(save(Never, Some(("always", true)), by_itself()));
-        assert!(save(Never, Some(("failure", false)), recorded()));
-        assert!(!save(Always, Some(("never", true)), recorded()));
-        assert!(!save(Never, Some(("yes", true)), recorded()), "not known");
+        assert!(!save(SaveEnded::Never, None, recorded()));
+        assert!(
+            save(SaveEnded::Failure, None, recorded())
+                && !save(SaveEnded::Failure, None, by_itself())
+        );
+        assert!(save(SaveEnded::Always, None, by_itself()));
+        assert!(save(SaveEnded::Never, Some(("always", true)), by_itself()));
+        assert!(save(SaveEnded::Never, Some(("failure", false)), recorded()));
+        assert!(!save(SaveEnded::Always, Some(("never", true)), recorded()));
+        assert!(
+            !save(SaveEnded::Never, Some(("yes", true)), recorded()),
+            "not known"
+        );
         // When it ended is not known.
-        assert!(!save(Always, None, End::default()));
+        assert!(!save(SaveEnded::Always, None, End::default()));
     }
 
     #[test]
