@@ -120,7 +120,7 @@ async fn a_pod_is_saved_for_a_service_account() -> Outcomes {
     // Who may not: the answer is that of the manager, and so is the exit code.
     let said = setup.run("TOKEN-bob", &["-n", LAB, "save", "nb2"]).await?;
     assert_eq!(said.exit, Some(1));
-    assert!(said.err.contains("no such running session"), "{}", said.err);
+    assert!(said.err.contains("no such session"), "{}", said.err);
     setup.manager.stop().await
 }
 
