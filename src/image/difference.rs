@@ -187,31 +187,11 @@ impl OwnLayers {
             }
         }
         self.inode += 1;
-        let content = match entry.kind {
-            EntryKind::File => Some(archive.content_digest()?),
-            _ => None,
-        };
-        Ok(Node {
-            kind: match entry.kind {
-                EntryKind::File | EntryKind::Hardlink => Kind::File,
-                EntryKind::Symlink => Kind::Symlink,
-                EntryKind::Char => Kind::Char,
-                EntryKind::Block => Kind::Block,
-                EntryKind::Directory => Kind::Directory,
-                EntryKind::Fifo => Kind::Fifo,
-            },
-            mode: entry.mode & 0o7777,
-            uid: entry.uid,
-            gid: entry.gid,
-            size: entry.size,
-            mtime: entry.mtime,
-            content,
-            target: (entry.kind == EntryKind::Symlink).then(|| entry.link.clone()),
-            rdev: matches!(entry.kind, EntryKind::Char | EntryKind::Block).then_some(entry.rdev),
-            xattrs: entry.xattrs.clone(),
-            inode: self.inode,
-            implicit: false,
-        })
+        let mut node = Node::of_entry(entry, self.inode);
+        if entry.kind == EntryKind::File {
+            node.content = Some(archive.content_digest()?);
+        }
+        Ok(node)
     }
 
     /// Returns what is known of a path.

@@ -291,15 +291,7 @@ impl Plan {
             return use_it(Header {
                 path,
                 typeflag,
-                mode: 0,
-                uid: 0,
-                gid: 0,
-                size: 0,
-                mtime: 0,
-                mtime_nanos: 0,
-                link: b"",
-                device: (0, 0),
-                xattrs: &[],
+                ..Header::EMPTY
             });
         }
         let is_link = item.link_to != NOT_A_LINK;

@@ -78,7 +78,8 @@ impl Header<'_> {
         self.write_ustar(out);
     }
 
-    const EMPTY: Header<'static> = Header {
+    /// An empty file without a name.
+    pub(crate) const EMPTY: Header<'static> = Header {
         path: b"",
         typeflag: b'0',
         mode: 0,

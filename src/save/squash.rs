@@ -227,16 +227,7 @@ fn write(
 fn header(path: &[u8], entry: &Entry<'_>, out: &mut Vec<u8>) {
     let blank = Header {
         path,
-        typeflag: b'0',
-        mode: 0,
-        uid: 0,
-        gid: 0,
-        size: 0,
-        mtime: 0,
-        mtime_nanos: 0,
-        link: b"",
-        device: (0, 0),
-        xattrs: &[],
+        ..Header::EMPTY
     };
     let (node, first) = match entry {
         Entry::Whiteout => return blank.write(out),

@@ -7,7 +7,7 @@ use super::spool::Spool;
 use super::{ExtractError, LayerRead, Member, is_below, relative};
 use crate::image::verify::archive::{Archive, ArchiveError, Entry, EntryKind, decompress};
 use crate::image::verify::paths::{join, normalise, split};
-use crate::image::verify::tree::{Kind, Node, Time};
+use crate::image::verify::tree::{Kind, Node};
 
 /// Maximum memory for the names of one search, in bytes: ten million entries of an ordinary image.
 const NAMES: u64 = 2 << 30;
@@ -233,7 +233,7 @@ impl<'a> Search<'a> {
         if entry.kind != EntryKind::Hardlink {
             self.inode += 1;
             let mut member = Member {
-                node: node(entry, self.inode),
+                node: Node::of_entry(entry, self.inode),
                 at: spool.end,
             };
             if entry.kind == EntryKind::File {
@@ -253,7 +253,7 @@ impl<'a> Search<'a> {
             None if !is_below(&link, self.target) => {
                 // Its place is taken, so that a second entry of this name is noticed.
                 self.inode += 1;
-                let node = node(entry, self.inode);
+                let node = Node::of_entry(entry, self.inode);
                 self.found
                     .insert(name.clone(), (self.layer, Member { node, at: 0 }));
                 let first = (seen.entries, Vec::new());
@@ -291,7 +291,7 @@ impl<'a> Search<'a> {
             }
             self.inode += 1;
             let at = spool.end;
-            let mut node = node(entry, self.inode);
+            let mut node = Node::of_entry(entry, self.inode);
             node.content = Some(spool.take(entry.size, archive)?);
             for name in names {
                 let node = node.clone();
@@ -355,43 +355,8 @@ fn each(
 
 /// The root directory of an image that has no entry for it.
 fn root() -> Member {
-    let node = Node {
-        kind: Kind::Directory,
-        mode: 0o755,
-        uid: 0,
-        gid: 0,
-        size: 0,
-        mtime: Time::default(),
-        content: None,
-        target: None,
-        rdev: None,
-        xattrs: BTreeMap::new(),
-        inode: 0,
-        implicit: true,
-    };
-    Member { node, at: 0 }
-}
-
-fn node(entry: &Entry, inode: u64) -> Node {
-    Node {
-        kind: match entry.kind {
-            EntryKind::File | EntryKind::Hardlink => Kind::File,
-            EntryKind::Symlink => Kind::Symlink,
-            EntryKind::Char => Kind::Char,
-            EntryKind::Block => Kind::Block,
-            EntryKind::Directory => Kind::Directory,
-            EntryKind::Fifo => Kind::Fifo,
-        },
-        mode: entry.mode & 0o7777,
-        uid: entry.uid,
-        gid: entry.gid,
-        size: entry.size,
-        mtime: entry.mtime,
-        content: None,
-        target: (entry.kind == EntryKind::Symlink).then(|| entry.link.clone()),
-        rdev: matches!(entry.kind, EntryKind::Char | EntryKind::Block).then_some(entry.rdev),
-        xattrs: entry.xattrs.clone(),
-        inode,
-        implicit: false,
+    Member {
+        node: Node::implicit_directory(0),
+        at: 0,
     }
 }

@@ -13,7 +13,7 @@ use std::io::Read;
 use super::archive::{Archive, ArchiveError, ArchiveSummary, Entry, EntryKind, decompress};
 use super::paths::{join, normalise, split};
 use super::texts::Texts;
-use super::tree::{Kind, Node, Time, Tree};
+use super::tree::{Kind, Node, Tree};
 
 /// Maximum total size of paths, targets and attributes in bytes: about ten million entries of an ordinary image.
 const METADATA_BYTES: u64 = 2 * 1024 * 1024 * 1024;
@@ -169,7 +169,7 @@ impl Layers {
                 Some(node) => node,
                 None => return Ok(()),
             },
-            kind => self.described(&path, entry, kind, archive)?,
+            _ => self.described(&path, entry, archive)?,
         };
         let keep_children = node.kind == Kind::Directory
             && self
@@ -224,7 +224,7 @@ impl Layers {
         archive: &mut Archive<R>,
     ) -> Result<(), ArchiveError> {
         if name.starts_with(AUFS_LINKS) && entry.kind == EntryKind::File {
-            let node = self.described(name, entry, EntryKind::File, archive)?;
+            let node = self.described(name, entry, archive)?;
             self.charge(name, &node)?;
             self.aufs_hardlinks.insert(split(name).1.to_vec(), node);
         }
@@ -235,35 +235,15 @@ impl Layers {
         &mut self,
         path: &[u8],
         entry: &Entry,
-        kind: EntryKind,
         archive: &mut Archive<R>,
     ) -> Result<Node, ArchiveError> {
-        let mut node = self.directory();
-        node.kind = match kind {
-            EntryKind::File | EntryKind::Hardlink => Kind::File,
-            EntryKind::Symlink => Kind::Symlink,
-            EntryKind::Char => Kind::Char,
-            EntryKind::Block => Kind::Block,
-            EntryKind::Directory => Kind::Directory,
-            EntryKind::Fifo => Kind::Fifo,
-        };
-        node.implicit = false;
-        node.mode = entry.mode & 0o7777;
-        node.uid = entry.uid;
-        node.gid = entry.gid;
-        node.size = entry.size;
-        node.mtime = entry.mtime;
-        node.xattrs.clone_from(&entry.xattrs);
-        match node.kind {
-            Kind::File => {
-                node.content = Some(match &mut self.texts {
-                    Some(texts) => texts.read(path, entry, archive)?,
-                    None => archive.content_digest()?,
-                });
-            }
-            Kind::Symlink => node.target = Some(entry.link.clone()),
-            Kind::Char | Kind::Block => node.rdev = Some(entry.rdev),
-            _ => {}
+        self.inode += 1;
+        let mut node = Node::of_entry(entry, self.inode);
+        if node.kind == Kind::File {
+            node.content = Some(match &mut self.texts {
+                Some(texts) => texts.read(path, entry, archive)?,
+                None => archive.content_digest()?,
+            });
         }
         Ok(node)
     }
@@ -347,20 +327,7 @@ impl Layers {
 
     fn directory(&mut self) -> Node {
         self.inode += 1;
-        Node {
-            kind: Kind::Directory,
-            mode: 0o755,
-            uid: 0,
-            gid: 0,
-            size: 0,
-            mtime: Time::default(),
-            content: None,
-            target: None,
-            rdev: None,
-            xattrs: BTreeMap::new(),
-            inode: self.inode,
-            implicit: true,
-        }
+        Node::implicit_directory(self.inode)
     }
 
     fn insert(&mut self, path: Vec<u8>, node: Node) -> Result<(), ArchiveError> {

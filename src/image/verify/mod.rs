@@ -6,6 +6,7 @@
 pub mod archive;
 pub(crate) mod directory;
 pub mod layers;
+mod node;
 pub(crate) mod paths;
 pub mod specify;
 pub mod text;
