@@ -242,21 +242,18 @@ fn find_within(roots: &Roots, name: &str, reach: Reach) -> Result<Container, Err
             path: problem.path.clone(),
         });
     }
-    let is_meant = |record: &EndedRecord| {
-        let is_meant = |rank| {
-            let names = (&record.id, &record.names, record.pod.as_ref());
-            wanted.matches(names.0, names.1, names.2, rank)
+    if problems.is_empty() && process::shows_initial_namespace(roots) {
+        let is_meant = |record: &EndedRecord| {
+            let (id, names, pod) = (&record.id, &record.names, record.pod.as_ref());
+            !record.sandbox && (0..wanted.ranks()).any(|rank| wanted.matches(id, names, pod, rank))
         };
-        !record.sandbox && (0..wanted.ranks()).any(is_meant)
-    };
-    // On record with a process that is there, and not among those that run.
-    let changing = ended::records(roots).into_iter().find(is_meant);
-    let sees_all = problems.is_empty() && process::shows_initial_namespace(roots);
-    if let Some(record) = changing.filter(|_| sees_all) {
-        return Err(Error::StartedAgain {
-            container: record.id.clone(),
-            detail: "it is being started or stopped".to_owned(),
-        });
+        // On record with a process that is there, and not among those that run.
+        if let Some(record) = ended::records(roots).into_iter().find(is_meant) {
+            return Err(Error::StartedAgain {
+                container: record.id,
+                detail: "it is being started or stopped".to_owned(),
+            });
+        }
     }
     Err(Error::NotFound {
         wanted: name.to_owned(),
