@@ -15,6 +15,7 @@ mod live;
 mod mapped;
 mod named;
 mod next;
+mod node_header;
 mod options;
 mod outcome;
 pub(crate) mod packages;

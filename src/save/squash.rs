@@ -10,7 +10,7 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 
 use super::source::{Image, SourceError, layer_digest};
-use super::{Error, base};
+use super::{Error, base, node_header};
 use crate::common::digest::Digest;
 use crate::common::message;
 use crate::image::extract::ExtractError;
@@ -20,7 +20,6 @@ use crate::image::verify::layers::Layers;
 use crate::image::verify::paths::{join, split};
 use crate::image::verify::tree::{Difference, Ignore, Kind, Node, Tree, compare};
 use crate::layer::Compression;
-use crate::layer::scan::Xattr;
 use crate::layer::sequential::{SequentialDigests, SequentialLayer};
 use crate::layer::tar::{END, Header, RECORD};
 use crate::store::destination::{self, Destination, Replaceable};
@@ -225,47 +224,18 @@ fn write(
 }
 
 fn header(path: &[u8], entry: &Entry<'_>, out: &mut Vec<u8>) {
-    let blank = Header {
-        path,
-        ..Header::EMPTY
-    };
     let (node, first) = match entry {
-        Entry::Whiteout => return blank.write(out),
-        Entry::Link(first, node) => (node, Some(first)),
+        Entry::Whiteout => {
+            let blank = Header {
+                path,
+                ..Header::EMPTY
+            };
+            return blank.write(out);
+        }
+        Entry::Link(first, node) => (node, Some(*first)),
         Entry::Node(node) => (node, None),
     };
-    let mut named = path.to_vec();
-    if node.kind == Kind::Directory {
-        named.extend(if path.is_empty() { &b"./"[..] } else { b"/" });
-    }
-    let xattrs: Vec<Xattr> = match first {
-        Some(_) => Vec::new(),
-        None => node.xattrs.clone().into_iter().collect(),
-    };
-    Header {
-        path: &named,
-        typeflag: match node.kind {
-            _ if first.is_some() => b'1',
-            Kind::File => b'0',
-            Kind::Symlink => b'2',
-            Kind::Char => b'3',
-            Kind::Block => b'4',
-            Kind::Directory => b'5',
-            Kind::Fifo | Kind::Socket => b'6',
-        },
-        mode: (node.mode & 0o7777) as u16,
-        uid: node.uid,
-        gid: node.gid,
-        size: if first.is_some() { 0 } else { node.size },
-        mtime: node.mtime.seconds,
-        mtime_nanos: node.mtime.nanos,
-        link: first
-            .copied()
-            .unwrap_or_else(|| node.target.as_deref().unwrap_or_default()),
-        device: node.rdev.unwrap_or_default(),
-        xattrs: &xattrs,
-    }
-    .write(out);
+    node_header::write(path, node, first, out);
 }
 
 /// Copies a content with its padding.

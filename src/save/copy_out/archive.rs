@@ -5,12 +5,11 @@ use std::os::unix::fs::FileExt as _;
 
 use tokio_util::sync::CancellationToken;
 
+use super::super::node_header;
 use super::{Error, FirstNames, Written, placed};
 use crate::common::cancel::Cancelled;
 use crate::image::extract::Extracted;
-use crate::image::verify::tree::Kind;
-use crate::layer::scan::Xattr;
-use crate::layer::tar::{END, Header, RECORD};
+use crate::layer::tar::{END, RECORD};
 
 /// Bytes copied at once.
 const PIECE: usize = 1 << 20;
@@ -27,44 +26,11 @@ pub(crate) fn write(
     let mut header = Vec::new();
     for (relative, member) in &found.members {
         let node = &member.node;
-        let mut path = placed(name, relative);
-        if node.kind == Kind::Directory {
-            path.extend(if path.is_empty() { &b"./"[..] } else { b"/" });
-        }
         let earlier = first_names.earlier(relative, member);
-        let typeflag = match node.kind {
-            _ if earlier.is_some() => b'1',
-            Kind::File => b'0',
-            Kind::Symlink => b'2',
-            Kind::Char => b'3',
-            Kind::Block => b'4',
-            Kind::Directory => b'5',
-            Kind::Fifo | Kind::Socket => b'6',
-        };
-        let link = match earlier {
-            Some(first) => placed(name, first),
-            None => node.target.clone().unwrap_or_default(),
-        };
-        let size = if typeflag == b'0' { node.size } else { 0 };
-        let xattrs: Vec<Xattr> = match earlier {
-            Some(_) => Vec::new(),
-            None => node.xattrs.clone().into_iter().collect(),
-        };
+        let first = earlier.map(|first| placed(name, first));
         header.clear();
-        Header {
-            path: &path,
-            typeflag,
-            mode: (node.mode & 0o7777) as u16,
-            uid: node.uid,
-            gid: node.gid,
-            size,
-            mtime: node.mtime.seconds,
-            mtime_nanos: node.mtime.nanos,
-            link: &link,
-            device: node.rdev.unwrap_or_default(),
-            xattrs: &xattrs,
-        }
-        .write(&mut header);
+        let path = placed(name, relative);
+        let size = node_header::write(&path, node, first.as_deref(), &mut header);
         out.write_all(&header).map_err(Error::Archive)?;
         content(found, member.at, size, out, cancel)?;
         written.paths += 1;
