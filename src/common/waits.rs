@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub enum WaitReason {
     /// Programs are writing to files that are about to be read.
     Writers,
-    /// A registry did not answer as it should; the request is sent again after a pause.
+    /// A registry does not answer, or answered in a way after which the request is sent again after a pause.
     Registry,
     /// Another save of the container is under way.
     OtherSave,
@@ -23,6 +23,8 @@ pub enum WaitReason {
 pub struct Waits {
     writers: AtomicU32,
     other_save: AtomicU32,
+    /// Requests that a registry has not answered for some time.
+    unanswered: AtomicU32,
     /// End of the latest pause before a request is sent again.
     registry: Mutex<Option<Instant>>,
 }
@@ -35,19 +37,17 @@ pub(crate) struct Waiting {
 }
 
 impl Waits {
-    fn count(&self, reason: WaitReason) -> Option<&AtomicU32> {
+    fn count(&self, reason: WaitReason) -> &AtomicU32 {
         match reason {
-            WaitReason::Writers => Some(&self.writers),
-            WaitReason::OtherSave => Some(&self.other_save),
-            WaitReason::Registry => None,
+            WaitReason::Writers => &self.writers,
+            WaitReason::OtherSave => &self.other_save,
+            WaitReason::Registry => &self.unanswered,
         }
     }
 
     /// Begins a wait, which ends when the value is dropped.
     pub(crate) fn begin(self: &Arc<Self>, reason: WaitReason) -> Waiting {
-        if let Some(count) = self.count(reason) {
-            count.fetch_add(1, Ordering::Relaxed);
-        }
+        self.count(reason).fetch_add(1, Ordering::Relaxed);
         Waiting {
             waits: Arc::clone(self),
             reason,
@@ -69,6 +69,9 @@ impl Waits {
         if self.writers.load(Ordering::Relaxed) > 0 {
             return Some((WaitReason::Writers, None));
         }
+        if self.unanswered.load(Ordering::Relaxed) > 0 {
+            return Some((WaitReason::Registry, None));
+        }
         let registry = *self.registry.lock().unwrap_or_else(PoisonError::into_inner);
         let left = registry?.checked_duration_since(Instant::now())?;
         (!left.is_zero()).then_some((WaitReason::Registry, Some(left)))
@@ -77,9 +80,8 @@ impl Waits {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        if let Some(count) = self.waits.count(self.reason) {
-            count.fetch_sub(1, Ordering::Relaxed);
-        }
+        let count = self.waits.count(self.reason);
+        count.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -100,6 +102,10 @@ mod tests {
         let other = waits.begin(WaitReason::OtherSave);
         assert_eq!(waits.current(), Some((WaitReason::OtherSave, None)));
         drop((two, other));
+        assert_eq!(waits.current(), None);
+        let unanswered = waits.begin(WaitReason::Registry);
+        assert_eq!(waits.current(), Some((WaitReason::Registry, None)));
+        drop(unanswered);
         assert_eq!(waits.current(), None);
         waits.pause(Duration::from_secs(3600));
         // A shorter pause of another request does not end the longer one.

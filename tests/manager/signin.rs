@@ -3,10 +3,11 @@
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
+use std::time::Duration;
 use upperdeck::service::manager::auth::{Claims, Jwt, Keys, Proxies, Tokens};
 
 use crate::access::Provider;
-use crate::site::{Outcomes, Site, Who, http, id, session, submit};
+use crate::site::{Outcomes, PATIENCE, Site, Who, http, id, session, submit};
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -217,6 +218,43 @@ async fn another_port_that_gets_the_cookie_cannot_use_it() -> Outcomes {
     assert_eq!(status(all(None)).await?, 401);
     assert_eq!(status(all(Some(&browser.key))).await?, 200);
     assert_eq!(browser.me().await?, 200);
+    manager.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_end_soon_after_the_sign_in_ends() -> Outcomes {
+    let site = Site::new()?;
+    let mut options = site.options()?;
+    options.recheck_every = Duration::from_millis(100);
+    let manager = site.manager_with(options).await?;
+    let at = manager.address;
+    let open = async |browser: &Browser| -> Fallible<_> {
+        let stream = http()?
+            .get(format!("http://{at}/api/v1/events"))
+            .header("Cookie", &browser.cookie)
+            .header("Upperdeck-Page", &browser.key)
+            .send()
+            .await?;
+        assert_eq!(stream.status(), 200);
+        Ok(stream)
+    };
+    let (ends, stays) = (
+        Browser::new(at, "token-alice").await?,
+        Browser::new(at, "token-alice").await?,
+    );
+    let (mut ended, mut goes_on) = (open(&ends).await?, open(&stays).await?);
+    let out = http()?
+        .delete(format!("http://{at}/api/v1/signin"))
+        .header("Cookie", &ends.cookie)
+        .header("Upperdeck-Request", "1")
+        .header("Upperdeck-Page", &ends.key);
+    assert_eq!(status(out).await?, 204);
+    let whole = async { while ended.chunk().await?.is_some() {} Fallible::Ok(()) };
+    tokio::time::timeout(PATIENCE, whole).await??;
+    // One event comes at once, the next one after the other stream had ended.
+    for _ in 0..2 {
+        assert!(goes_on.chunk().await?.is_some());
+    }
     manager.stop().await
 }
 

@@ -5,9 +5,11 @@ pub mod crd;
 use std::path::Path;
 use std::time::Duration;
 
-use kube::client::AuthError;
+use http_body_util::Limited;
+use kube::client::{AuthError, ClientBuilder};
 use kube::config::{KubeConfigOptions, Kubeconfig, KubeconfigError};
 use kube::{Client, Config};
+use tower::util::MapResponseLayer;
 
 use crate::common::{escape, message};
 
@@ -17,6 +19,8 @@ pub const GROUP: &str = "upperdeck.io";
 pub const AUDIENCE: &str = "upperdeck";
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum size of a response in bytes. A watch that reaches it is begun again.
+const MAX_RESPONSE: usize = 64 << 20;
 
 /// Why the API server cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -82,5 +86,37 @@ pub(crate) fn client(mut config: Config) -> Result<Client, Error> {
     trim_token_file(&mut config);
     // Both this program and the crate choose the provider of the process; whoever is first has the same choice.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    Ok(Client::try_from(config)?)
+    let limited = |response: http::Response<_>| response.map(|body| Limited::new(body, MAX_RESPONSE));
+    let client = ClientBuilder::try_from(config)?;
+    Ok(client.with_layer(&MapResponseLayer::new(limited)).build())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_response_without_an_end_is_not_kept() -> Result<(), Box<dyn std::error::Error>> {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+        let url = format!("http://{}", listener.local_addr()?);
+        let server = tokio::spawn(async move {
+            let (mut client, _) = listener.accept().await?;
+            client.read(&mut [0; 4096]).await?;
+            let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n\"";
+            client.write_all(head.as_bytes()).await?;
+            // Until the client hangs up.
+            loop {
+                client.write_all(&[b'x'; 1 << 16]).await?;
+            }
+            #[allow(unreachable_code, reason = "the type of the task")]
+            Ok::<(), std::io::Error>(())
+        });
+        let asked = client(Config::new(url.parse()?))?.apiserver_version().await;
+        let error = asked.err().ok_or("a version")?;
+        assert!(message_of(&error).contains("length limit exceeded"), "{error}");
+        assert!(server.await?.is_err());
+        Ok(())
+    }
 }

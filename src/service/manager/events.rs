@@ -14,12 +14,12 @@ use axum::extract::State as Extracted;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse as _, Response};
-use futures_util::stream;
+use futures_util::{StreamExt as _, stream};
 use tokio::sync::{Notify, broadcast};
 
 use super::App;
 use super::auth::Caller;
-use super::extract::Path;
+use super::extract::{Path, StreamCaller};
 use super::refusal::Refusal;
 use super::saves::get;
 use super::standing::{Standing, standings};
@@ -468,11 +468,12 @@ impl Watcher {
 )]
 pub(super) async fn events(
     Extracted(app): Extracted<App>,
-    caller: Caller,
+    asking: StreamCaller,
     Path(id): Path<String>,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
-    let seen = get(&app, &caller, &id).await?;
+    let caller = &asking.caller;
+    let seen = get(&app, caller, &id).await?;
     let heard = match headers.get("last-event-id") {
         None => None,
         Some(text) => {
@@ -486,11 +487,11 @@ pub(super) async fn events(
     if seen.state.is_final() && heard.is_some_and(|heard| heard >= seen.version) {
         return Ok(axum::http::StatusCode::NO_CONTENT.into_response());
     }
-    let counted = WatcherCount::new(&app, &caller)?;
+    let counted = WatcherCount::new(&app, caller)?;
     // Subscribing before reading makes sure that no change in between is lost. A version that arrives twice is sent
     // once.
     let receiver = app.hub.subscribe(&seen);
-    let now = get(&app, &caller, &id).await?;
+    let now = get(&app, caller, &id).await?;
     let backlog = match heard {
         None => vec![now],
         // The version is higher than any in this record, so the client got it from somewhere else.
@@ -511,19 +512,26 @@ pub(super) async fn events(
         _counted: counted,
         app,
     };
-    Ok(response_of(stream::unfold(
-        watcher,
-        |mut watcher| async move {
-            let event = watcher.next().await?;
-            Some((Ok::<_, Infallible>(event), watcher))
-        },
-    )))
+    let events = stream::unfold(watcher, |mut watcher| async move {
+        let event = watcher.next().await?;
+        Some((event, watcher))
+    });
+    Ok(response_of(asking, events))
 }
 
-/// Returns the response with these events.
+/// Returns the response with these events, which end when the caller's credentials are not valid any more.
 pub(super) fn response_of(
-    events: impl stream::Stream<Item = Result<Event, Infallible>> + Send + 'static,
+    caller: StreamCaller,
+    events: impl stream::Stream<Item = Event> + Send + 'static,
 ) -> Response {
+    let events = stream::unfold(
+        (Box::pin(events), caller),
+        |(mut events, mut caller)| async move {
+            let event = events.next().await?;
+            let valid = caller.is_valid().await;
+            valid.then_some((Ok::<_, Infallible>(event), (events, caller)))
+        },
+    );
     let mut response = Sse::new(events)
         .keep_alive(KeepAlive::new().interval(KEEP_ALIVE))
         .into_response();

@@ -2,16 +2,17 @@
 //! API's own error format.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use axum::Json;
 use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, MatchedPath, Query, Request};
-use axum::http::Method;
 use axum::http::request::Parts;
+use axum::http::{HeaderMap, Method};
 use serde::de::DeserializeOwned;
 
-use super::auth::Caller;
+use super::auth::{Caller, Rejected};
 use super::options::Rate;
 use super::refusal::Refusal;
 use super::{App, Inner};
@@ -41,19 +42,22 @@ impl RequestGuard {
     }
 }
 
+fn peer_of(parts: &Parts) -> Option<IpAddr> {
+    let info = parts.extensions.get::<ConnectInfo<Peer>>();
+    info.and_then(|info| info.0.0)
+}
+
+fn is_for_events(parts: &Parts) -> bool {
+    let path = parts.extensions.get::<MatchedPath>();
+    path.is_some_and(|path| path.as_str() == EVENTS)
+}
+
 impl FromRequestParts<App> for Caller {
     type Rejection = Refusal;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
-        let peer = parts
-            .extensions
-            .get::<ConnectInfo<Peer>>()
-            .and_then(|info| info.0.0);
         let changes = !matches!(parts.method, Method::GET | Method::HEAD | Method::OPTIONS);
-        let events = parts
-            .extensions
-            .get::<MatchedPath>()
-            .is_some_and(|path| path.as_str() == EVENTS);
+        let (peer, events) = (peer_of(parts), is_for_events(parts));
         let caller = app
             .authenticator
             .caller(&parts.headers, peer, changes, events)
@@ -71,6 +75,52 @@ impl FromRequestParts<App> for Caller {
         }
         app.rates.take(&caller.name)?;
         Ok(caller)
+    }
+}
+
+/// The caller of an event stream, with what is needed to authenticate again while the stream lasts.
+pub(super) struct StreamCaller {
+    pub(super) caller: Caller,
+    app: App,
+    headers: HeaderMap,
+    peer: Option<IpAddr>,
+    events: bool,
+    checked: Instant,
+}
+
+impl FromRequestParts<App> for StreamCaller {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Refusal> {
+        Ok(Self {
+            caller: Caller::from_request_parts(parts, app).await?,
+            app: app.clone(),
+            headers: parts.headers.clone(),
+            peer: peer_of(parts),
+            events: is_for_events(parts),
+            checked: Instant::now(),
+        })
+    }
+}
+
+impl StreamCaller {
+    /// Returns whether the credentials of the request are still those of this caller. They are checked once in
+    /// `recheck_every`, and count as valid while that is not possible.
+    pub(super) async fn is_valid(&mut self) -> bool {
+        if self.checked.elapsed() < self.app.options.recheck_every {
+            return true;
+        }
+        self.checked = Instant::now();
+        let authenticator = &self.app.authenticator;
+        let found = authenticator.caller(&self.headers, self.peer, false, self.events);
+        match found.await {
+            Ok(caller) => {
+                let of = |caller: &Caller| (caller.user.clone(), caller.administrator);
+                of(&caller) == of(&self.caller)
+            }
+            Err(Rejected::Unknown(_) | Rejected::Forbidden(_)) => false,
+            Err(_) => true,
+        }
     }
 }
 

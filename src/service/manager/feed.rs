@@ -2,7 +2,6 @@
 //! no further requests.
 
 use std::collections::VecDeque;
-use std::convert::Infallible;
 use std::sync::Arc;
 
 use axum::extract::State as Extracted;
@@ -14,9 +13,8 @@ use tokio::sync::broadcast;
 use utoipa::{IntoParams, ToSchema};
 
 use super::App;
-use super::auth::Caller;
 use super::events::{REPEAT_INTERVAL, StreamEvent, WatcherCount, response_of, text_of};
-use super::extract::QueryParams;
+use super::extract::{QueryParams, StreamCaller};
 use super::refusal::Refusal;
 use super::standing::standings;
 use crate::service::job::JobId;
@@ -132,11 +130,11 @@ impl Follower {
 )]
 pub(super) async fn events(
     Extracted(app): Extracted<App>,
-    caller: Caller,
+    caller: StreamCaller,
     QueryParams(asked): QueryParams<Followed>,
 ) -> Result<Response, Refusal> {
-    let user = caller.listed_user(asked.user.as_deref())?;
-    let counted = WatcherCount::new(&app, &caller)?;
+    let user = caller.caller.listed_user(asked.user.as_deref())?;
+    let counted = WatcherCount::new(&app, &caller.caller)?;
     // Subscribing before reading makes sure that no change in between is lost.
     let mut follower = Follower {
         receiver: app.hub.subscribe_to_user(user.as_deref()),
@@ -146,11 +144,9 @@ pub(super) async fn events(
         _counted: counted,
     };
     follower.tell_all().await?;
-    Ok(response_of(stream::unfold(
-        follower,
-        |mut follower| async move {
-            let event = follower.next().await?;
-            Some((Ok::<_, Infallible>(event), follower))
-        },
-    )))
+    let events = stream::unfold(follower, |mut follower| async move {
+        let event = follower.next().await?;
+        Some((event, follower))
+    });
+    Ok(response_of(caller, events))
 }

@@ -157,6 +157,8 @@ pub struct Options {
     pub reconcile_every: Duration,
     /// Interval at which changes by other managers are looked for while there are watchers.
     pub watch_every: Duration,
+    /// Interval at which the credentials of event streams are checked again.
+    pub recheck_every: Duration,
     /// How long requests in progress may take when the manager has to end.
     pub grace: Duration,
     /// Name of this manager in the queue and in the record; unique among managers. `None`: the host name with a random
@@ -208,6 +210,7 @@ impl Options {
             saves_per_day: 1000,
             reconcile_every: Duration::from_secs(3),
             watch_every: Duration::from_secs(1),
+            recheck_every: Duration::from_secs(60),
             grace: Duration::from_secs(20),
             name: None,
         }

@@ -625,7 +625,8 @@ impl BlobStream {
             self.response.insert(response)
         };
         let wait = host.stall_timeout().min(host.remaining());
-        match tokio::time::timeout(wait, response.chunk()).await {
+        let next = tokio::time::timeout(wait, response.chunk());
+        match host.watched(next).await {
             Ok(chunk) => chunk.map_err(|e| Error::transport(request, &e)),
             Err(_) => Err(host.timeout_error(request, host.stall_timeout())),
         }

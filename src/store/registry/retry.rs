@@ -97,13 +97,15 @@ impl Retry {
         if !error.is_transient() || failed >= self.max_attempts {
             return None;
         }
-        if let Some(asked) = error.retry_after() {
-            return (asked <= MAX_RETRY_AFTER).then_some(asked);
-        }
         let doubled = self
             .first_pause
             .saturating_mul(1 << failed.saturating_sub(1).min(16));
-        Some(doubled.min(MAX_BACKOFF).mul_f64(jitter))
+        let own = doubled.min(MAX_BACKOFF).mul_f64(jitter);
+        match error.retry_after() {
+            // A registry whose clock is behind asks for a time in the past.
+            Some(asked) => (asked <= MAX_RETRY_AFTER).then_some(asked.max(own)),
+            None => Some(own),
+        }
     }
 }
 
@@ -194,6 +196,8 @@ mod tests {
             Some(Duration::from_secs(7))
         );
         assert_eq!(retry.pause_with(1, &reply(429, Some(3600)), 0.5), None);
+        let past = retry.pause_with(2, &reply(429, Some(0)), 1.0);
+        assert_eq!(past, Some(Duration::from_secs(1)));
         let now = "2026-11-23T22:00:00Z".parse().unwrap();
         assert_eq!(read_retry_after("7", now), Some(Duration::from_secs(7)));
         assert_eq!(

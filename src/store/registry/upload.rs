@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 
 use super::Repository;
 use super::error::{Error, Request, Step};
-use super::host::Call;
+use super::host::{Call, Host, SILENCE};
 use super::session::{self, Session};
 use crate::common::digest::Digest;
 
@@ -347,16 +347,23 @@ impl StallDetector {
         self.taken.store(now, Ordering::Relaxed);
     }
 
-    /// Returns once the connection has taken no data for `stall_timeout` although there was some.
-    async fn stalled(&self, stall_timeout: Duration) {
+    /// Returns once the connection has taken no data for the stall timeout although there was some, and shows before
+    /// that that the registry is silent.
+    async fn stalled(&self, host: &Host) {
+        let stall_timeout = host.stall_timeout();
+        let interval = (stall_timeout / 10).clamp(Duration::from_millis(10), SILENCE / 10);
+        let mut waiting = None;
         loop {
-            tokio::time::sleep((stall_timeout / 10).max(Duration::from_millis(10))).await;
+            tokio::time::sleep(interval).await;
             let taken = self.taken.load(Ordering::Relaxed);
-            if taken != Self::IDLE
-                && self.started.elapsed() > Duration::from_millis(taken) + stall_timeout
-            {
+            let silent = match taken {
+                Self::IDLE => Duration::ZERO,
+                ms => self.started.elapsed().saturating_sub(Duration::from_millis(ms)),
+            };
+            if silent > stall_timeout {
                 return;
             }
+            waiting = (silent > SILENCE).then(|| waiting.take().unwrap_or_else(|| host.waiting()));
         }
     }
 }
@@ -538,7 +545,7 @@ async fn patch(
     }
     let response = tokio::select! {
         response = sending.body(body).send() => response.map_err(|e| Error::transport(request.clone(), &e))?,
-        () = stall_detector.stalled(host.stall_timeout()) => return Err(host.timeout_error(request, host.stall_timeout())),
+        () = stall_detector.stalled(host) => return Err(host.timeout_error(request, host.stall_timeout())),
         () = tokio::time::sleep(host.remaining()) => return Err(host.timeout_error(request, host.stall_timeout())),
     };
     if response.status() == StatusCode::UNAUTHORIZED {

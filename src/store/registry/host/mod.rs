@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use reqwest::Client;
 
-pub(super) use request::Call;
+pub(super) use request::{Call, SILENCE};
 pub(super) use scopes::Scopes;
 pub(super) use token::CredentialSource;
 

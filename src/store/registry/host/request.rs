@@ -9,11 +9,14 @@ use reqwest::{Client, Response, Url};
 
 use super::Host;
 use super::scopes::Scopes;
+use crate::common::waits::{WaitReason, Waiting};
 use crate::store::registry::error::{Error, Reply, Request, Step, read_error_body};
 use crate::store::registry::retry::read_retry_after;
 
 const MAX_ERROR_BODY: u64 = 64 << 10;
 const MAX_REDIRECTS: usize = 5;
+/// Time without an answer, or without taking data, after which a registry counts as silent.
+pub(in crate::store::registry) const SILENCE: Duration = Duration::from_secs(10);
 
 /// A request whose body is in memory, so that it can be repeated.
 #[derive(Clone, Debug)]
@@ -197,6 +200,21 @@ impl Host {
         }
     }
 
+    /// Waits for an answer, and shows that the save waits for the registry once that has taken [`SILENCE`].
+    pub(in crate::store::registry) async fn watched<T>(&self, answer: impl Future<Output = T>) -> T {
+        let mut answer = std::pin::pin!(answer);
+        if let Ok(answered) = tokio::time::timeout(SILENCE, &mut answer).await {
+            return answered;
+        }
+        let _waiting = self.waiting();
+        answer.await
+    }
+
+    /// Shows that the save waits for the registry, until the value is dropped.
+    pub(in crate::store::registry) fn waiting(&self) -> Waiting {
+        self.settings.budget.waits().begin(WaitReason::Registry)
+    }
+
     /// Sends a single request.
     pub(super) async fn send_once(
         &self,
@@ -217,7 +235,8 @@ impl Host {
         }
         let shown = || Request::new(&call.method, url);
         let wait = call.wait.min(self.remaining());
-        match tokio::time::timeout(wait, request.body(call.body.clone()).send()).await {
+        let answer = tokio::time::timeout(wait, request.body(call.body.clone()).send());
+        match self.watched(answer).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(e)) => Err(Error::transport(shown(), &e)),
             Err(_) => Err(self.timeout_error(shown(), call.wait)),
@@ -263,8 +282,8 @@ impl Host {
         let mut body = BytesMut::new();
         loop {
             let wait = self.settings.stall_timeout.min(self.remaining());
-            let next = tokio::time::timeout(wait, response.chunk()).await;
-            match next {
+            let next = tokio::time::timeout(wait, response.chunk());
+            match self.watched(next).await {
                 Ok(Ok(Some(chunk))) if (body.len() + chunk.len()) as u64 > limit => {
                     return Err(too_large());
                 }
