@@ -22,7 +22,7 @@ use crate::image::verify::tree::{Difference, Ignore, Kind, Node, Tree, compare};
 use crate::layer::Compression;
 use crate::layer::sequential::{SequentialDigests, SequentialLayer};
 use crate::layer::tar::{END, Header, RECORD};
-use crate::store::destination::{self, Destination, Replaceable};
+use crate::store::destination::{self, BlobWriter, Destination, Replaceable};
 
 /// Bytes copied at once.
 const PIECE: usize = 1 << 20;
@@ -279,14 +279,23 @@ pub(crate) async fn publish(
             None => false,
         };
         if !mounted {
-            let reader = image.layer(descriptor).map_err(failed)?;
-            let reader =
-                reader.map_err(|error| failed(SourceError::Unusable(error.to_string())))?;
-            upload(destination, reader, digest, descriptor.size()).await?;
+            let open = || {
+                let reader = image.layer(descriptor).map_err(failed)?;
+                reader.map_err(|error| failed(SourceError::Unusable(error.to_string())))
+            };
+            upload(destination, open, digest, descriptor.size()).await?;
         }
     }
-    let reader = Box::new(squashed.file);
-    upload(destination, reader, squashed.digests.digest, own.size()).await?;
+    let unreadable = |error: io::Error| Error::ImageUnreadable {
+        name: squashed.digests.digest.to_string(),
+        reason: error.to_string(),
+    };
+    let open = || -> Result<Box<dyn Read + Send>, Error> {
+        let mut file = squashed.file.try_clone().map_err(unreadable)?;
+        file.rewind().map_err(unreadable)?;
+        Ok(Box::new(file))
+    };
+    upload(destination, open, squashed.digests.digest, own.size()).await?;
     let config = Bytes::from(built.config.bytes.clone());
     destination.put_blob(config, &built.config.digest).await?;
     let manifest = Bytes::from(built.manifest.bytes.clone());
@@ -297,32 +306,51 @@ pub(crate) async fn publish(
     Ok(digest)
 }
 
-/// Writes one blob.
+/// Writes one blob, and again from its start after an error that may pass. `open` opens its content.
 async fn upload(
     destination: &Destination,
-    mut reader: Box<dyn Read + Send>,
+    open: impl Fn() -> Result<Box<dyn Read + Send>, Error>,
     digest: Digest,
     size: u64,
 ) -> Result<(), Error> {
     let mut writer = destination.begin_blob(Handle::current())?;
-    let written = tokio::task::spawn_blocking(move || {
-        loop {
-            let mut piece = vec![0; PIECE];
-            let n = reader.read(&mut piece).map_err(SendError::Read)?;
-            if n == 0 {
-                return Ok(writer);
+    loop {
+        let reader = open()?;
+        let sending = tokio::task::spawn_blocking(move || {
+            let sent = send(reader, &mut writer);
+            (writer, sent)
+        });
+        let (mut sent_to, sent) = sending.await.map_err(|_| Error::Worker)?;
+        let failed = match sent {
+            Ok(()) => match sent_to.try_finish(&digest, size).await {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            },
+            Err(SendError::Write(error)) => error,
+            Err(SendError::Read(error)) => {
+                return Err(Error::ImageUnreadable {
+                    name: digest.to_string(),
+                    reason: error.to_string(),
+                });
             }
-            piece.truncate(n);
-            writer.write(piece.into()).map_err(SendError::Write)?;
+        };
+        if !failed.retryable() {
+            return Err(failed.into());
         }
-    });
-    match written.await.map_err(|_| Error::Worker)? {
-        Ok(writer) => Ok(writer.finish(&digest, size).await?),
-        Err(SendError::Write(error)) => Err(error.into()),
-        Err(SendError::Read(error)) => Err(Error::ImageUnreadable {
-            name: digest.to_string(),
-            reason: error.to_string(),
-        }),
+        tracing::debug!(blob.digest = %digest, error = %failed, "a blob is sent again");
+        writer = sent_to.retry(failed).await?;
+    }
+}
+
+fn send(mut reader: impl Read, writer: &mut BlobWriter) -> Result<(), SendError> {
+    loop {
+        let mut piece = vec![0; PIECE];
+        let n = reader.read(&mut piece).map_err(SendError::Read)?;
+        if n == 0 {
+            return Ok(());
+        }
+        piece.truncate(n);
+        writer.write(piece.into()).map_err(SendError::Write)?;
     }
 }
 

@@ -312,15 +312,16 @@ fn a_volume_that_is_written_to_is_saved_at_the_same_instant() -> Result<()> {
             "{}",
             saved.metadata["saved_volumes"]
         );
-        match saved.stderr.lines().find(|line| line.contains("saved anew")) {
+        match saved
+            .stderr
+            .lines()
+            .find(|line| line.contains("saved anew"))
+        {
             Some(why) => anew.push(why.to_owned()),
             None => on_top += 1,
         }
     }
-    ensure!(
-        on_top >= 2,
-        "no save was made on top of another: {anew:#?}"
-    );
+    ensure!(on_top >= 2, "no save was made on top of another: {anew:#?}");
     Ok(())
 }
 

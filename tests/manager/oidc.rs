@@ -30,6 +30,8 @@ struct Said {
     issuer: String,
     /// The one in the description, which is to be that of the settings.
     described: String,
+    /// Whether its description says that every answer names the issuer.
+    names_itself: bool,
     key: Key,
     kid: String,
     /// Codes with their PKCE challenge and claims.
@@ -53,6 +55,7 @@ impl Idp {
         let issuer = format!("http://{}", listener.local_addr()?);
         let idp = Self(Arc::new(Mutex::new(Said {
             described: issuer.clone(),
+            names_itself: false,
             issuer,
             key: Key::new("k1")?,
             kid: "k1".to_owned(),
@@ -116,6 +119,7 @@ async fn describe(State(idp): State<Idp>) -> (StatusCode, Json<Value>) {
             "userinfo_endpoint": format!("{at}/userinfo"),
             "end_session_endpoint": format!("{at}/logout"),
             "jwks_uri": format!("{at}/keys"),
+            "authorization_response_iss_parameter_supported": said.names_itself,
             "response_types_supported": ["code"],
             "subject_types_supported": ["public"],
             // HS256 and none are offered as well: they must not be taken.
@@ -415,6 +419,27 @@ async fn an_old_sign_in_is_not_completed() -> Outcomes {
     browser.cookie = format!("{name}={}", URL_SAFE_NO_PAD.encode(&bytes));
     let (status, code, _) = browser.refusal(&answer).await?;
     assert_eq!((status, code.as_str()), (403, "signin_expired"));
+    manager.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_provider_that_names_itself_in_its_answers_has_to() -> Outcomes {
+    let site = Site::new()?;
+    let idp = Idp::start(([127, 0, 0, 1], 0).into()).await?;
+    idp.said(|said| said.names_itself = true);
+    let mut options = idp.options(&site)?;
+    options.public_url = Some(PAGE.to_owned());
+    let manager = site.manager_with(options).await?;
+    let browser = Browser::begin(manager.address).await?;
+    let answer = browser.user_signs_in(&idp, browser.claims(&idp));
+    let (_, code, message) = browser.refusal(&answer).await?;
+    assert_eq!(code, "signin_refused");
+    assert!(message.contains("does not name its issuer"), "{message}");
+    assert_eq!(idp.said(|said| said.redeemed), 0);
+    let browser = Browser::begin(manager.address).await?;
+    let mut answer = browser.user_signs_in(&idp, browser.claims(&idp));
+    answer["iss"] = json!(idp.said(|said| said.issuer.clone()));
+    assert_eq!(browser.complete(&answer).await?.status(), 200);
     manager.stop().await
 }
 

@@ -235,6 +235,7 @@ async fn what_is_pinned_stays_and_what_is_shared_is_seen_and_not_changed() -> Ou
         json!({"shared": [""]}),
         json!({"shared": vec!["u"; 51]}),
         json!({"owner": "bob"}),
+        json!([]),
     ] {
         let (status, answer) = change(Who::Alice, wrong).await?;
         assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY, "{answer}");

@@ -249,7 +249,10 @@ async fn streams_end_soon_after_the_sign_in_ends() -> Outcomes {
         .header("Upperdeck-Request", "1")
         .header("Upperdeck-Page", &ends.key);
     assert_eq!(status(out).await?, 204);
-    let whole = async { while ended.chunk().await?.is_some() {} Fallible::Ok(()) };
+    let whole = async {
+        while ended.chunk().await?.is_some() {}
+        Fallible::Ok(())
+    };
     tokio::time::timeout(PATIENCE, whole).await??;
     // One event comes at once, the next one after the other stream had ended.
     for _ in 0..2 {

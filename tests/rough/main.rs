@@ -306,6 +306,61 @@ async fn tokens_that_the_registry_verifies() -> Outcome {
     Ok(())
 }
 
+/// A layer with one file.
+fn layer(name: &str, content: &[u8]) -> Bytes {
+    let mut tar = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_ustar();
+    header.set_size(content.len() as u64);
+    header.set_mode(0o644);
+    tar.append_data(&mut header, name, content).unwrap();
+    tar.into_inner().unwrap().into()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_squashed_layer_is_sent_again_after_errors_that_pass() -> Outcome {
+    if ignored(&[Need::Program("docker-registry")]) {
+        return Ok(());
+    }
+    let registry = Registry::start("")?;
+    let destination = open(registry.address, "a/image", access(None));
+    let layers = ["base", "one", "two"].map(|name| layer(name, &noise(1, 300_000)));
+    save(&destination, &image(layers[..1].to_vec(), "base"), "base").await?;
+    save(&destination, &image(layers.to_vec(), "all"), "all").await?;
+    let sends = AtomicU64::new(0);
+    let proxy = Proxy::start(registry.address, move |method, _, _| {
+        if method != "PATCH" {
+            return Fault::None;
+        }
+        match sends.fetch_add(1, Ordering::SeqCst) {
+            0 => Fault::Say(503, String::new()),
+            1 => Fault::CutRequest(100_000),
+            _ => Fault::None,
+        }
+    })?;
+    let of = |tag| format!("{}/a/image:{tag}", proxy.address);
+    let squash = Command::new(support::program())
+        .args(["image", "squash", "--tls-verify=false", "--base"])
+        .args([of("base"), of("all"), of("squashed")])
+        .env("REGISTRY_AUTH_FILE", "/dev/null")
+        .output()?;
+    let said = String::from_utf8_lossy(&squash.stderr);
+    assert!(squash.status.success(), "{said}");
+    let faults = proxy.seen().into_iter().map(|seen| seen.fault);
+    assert_eq!(faults.filter(|fault| *fault != Fault::None).count(), 2);
+    let made =
+        Registries::new(access(None)).repository(&format!("{}/a/image", registry.address))?;
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&made.manifest("squashed").await?.bytes)?;
+    let layers = manifest["layers"].as_array().ok_or("layers")?;
+    assert_eq!(layers.len(), 2);
+    let digest: Digest = layers[1]["digest"].as_str().ok_or("digest")?.parse()?;
+    let mut stream = made
+        .blob_stream(&digest, layers[1]["size"].as_u64())
+        .await?;
+    while stream.next().await?.is_some() {}
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_that_the_registry_has_is_sent() -> Outcome {
     if ignored(&[Need::Program("docker-registry")]) {

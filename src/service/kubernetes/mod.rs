@@ -86,7 +86,8 @@ pub(crate) fn client(mut config: Config) -> Result<Client, Error> {
     trim_token_file(&mut config);
     // Both this program and the crate choose the provider of the process; whoever is first has the same choice.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let limited = |response: http::Response<_>| response.map(|body| Limited::new(body, MAX_RESPONSE));
+    let limited =
+        |response: http::Response<_>| response.map(|body| Limited::new(body, MAX_RESPONSE));
     let client = ClientBuilder::try_from(config)?;
     Ok(client.with_layer(&MapResponseLayer::new(limited)).build())
 }
@@ -115,7 +116,10 @@ mod tests {
         });
         let asked = client(Config::new(url.parse()?))?.apiserver_version().await;
         let error = asked.err().ok_or("a version")?;
-        assert!(message_of(&error).contains("length limit exceeded"), "{error}");
+        assert!(
+            message_of(&error).contains("length limit exceeded"),
+            "{error}"
+        );
         assert!(server.await?.is_err());
         Ok(())
     }

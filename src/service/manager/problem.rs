@@ -187,8 +187,8 @@ pub(super) const CODES: [Explained; 21] = [
     code(
         "too_late",
         &[409],
-        "The save cannot be cancelled any more",
-        "It has ended, or its tag is being written at this moment.",
+        "It is too late for that",
+        "The save has ended, is being cancelled, or its tag is being written at this moment.",
     ),
     code(
         "timed_out",

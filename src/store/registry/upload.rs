@@ -358,7 +358,10 @@ impl StallDetector {
             let taken = self.taken.load(Ordering::Relaxed);
             let silent = match taken {
                 Self::IDLE => Duration::ZERO,
-                ms => self.started.elapsed().saturating_sub(Duration::from_millis(ms)),
+                ms => self
+                    .started
+                    .elapsed()
+                    .saturating_sub(Duration::from_millis(ms)),
             };
             if silent > stall_timeout {
                 return;

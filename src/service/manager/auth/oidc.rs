@@ -12,15 +12,18 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use openidconnect::core::{
-    CoreAuthenticationFlow, CoreClient, CoreClientAuthMethod, CoreErrorResponseType,
-    CoreGenderClaim, CoreIdToken, CoreJsonWebKeySet, CoreJwsSigningAlgorithm, CoreTokenResponse,
+    CoreAuthDisplay, CoreAuthenticationFlow, CoreClaimName, CoreClaimType, CoreClient,
+    CoreClientAuthMethod, CoreErrorResponseType, CoreGenderClaim, CoreGrantType, CoreIdToken,
+    CoreJsonWebKey, CoreJsonWebKeySet, CoreJweContentEncryptionAlgorithm,
+    CoreJweKeyManagementAlgorithm, CoreJwsSigningAlgorithm, CoreResponseMode, CoreResponseType,
+    CoreSubjectIdentifierType, CoreTokenResponse,
 };
 use openidconnect::{
-    AdditionalClaims, AuthType, AuthorizationCode, ClaimsVerificationError, ClientId, ClientSecret,
-    CsrfToken, EndpointMaybeSet, EndpointNotSet, EndpointSet, IssuerUrl, LogoutRequest, Nonce,
-    OAuth2TokenResponse as _, PkceCodeChallenge, PkceCodeVerifier, PostLogoutRedirectUrl,
-    ProviderMetadataWithLogout, RedirectUrl, RequestTokenError, Scope, SubjectIdentifier,
-    TokenResponse as _, UserInfoClaims,
+    AdditionalClaims, AdditionalProviderMetadata, AuthType, AuthorizationCode,
+    ClaimsVerificationError, ClientId, ClientSecret, CsrfToken, EndSessionUrl, EndpointMaybeSet,
+    EndpointNotSet, EndpointSet, IssuerUrl, LogoutRequest, Nonce, OAuth2TokenResponse as _,
+    PkceCodeChallenge, PkceCodeVerifier, PostLogoutRedirectUrl, ProviderMetadata, RedirectUrl,
+    RequestTokenError, Scope, SubjectIdentifier, TokenResponse as _, UserInfoClaims,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -137,6 +140,34 @@ type Client = CoreClient<
     EndpointMaybeSet,
 >;
 
+/// What a provider's description says in addition to the members of OpenID Connect Discovery.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+struct MoreMetadata {
+    /// Where a session at the provider is ended (OpenID Connect RP-Initiated Logout).
+    #[serde(default)]
+    end_session_endpoint: Option<EndSessionUrl>,
+    /// Whether every answer names the issuer (RFC 9207).
+    #[serde(default)]
+    authorization_response_iss_parameter_supported: bool,
+}
+
+impl AdditionalProviderMetadata for MoreMetadata {}
+
+type Metadata = ProviderMetadata<
+    MoreMetadata,
+    CoreAuthDisplay,
+    CoreClientAuthMethod,
+    CoreClaimName,
+    CoreClaimType,
+    CoreGrantType,
+    CoreJweContentEncryptionAlgorithm,
+    CoreJweKeyManagementAlgorithm,
+    CoreJsonWebKey,
+    CoreResponseMode,
+    CoreResponseType,
+    CoreSubjectIdentifierType,
+>;
+
 /// All claims of a user, whatever their names are.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 struct AllClaims {
@@ -160,7 +191,7 @@ pub(in super::super) struct Provider {
 /// What is known of a provider.
 struct Known {
     client: Client,
-    metadata: ProviderMetadataWithLogout,
+    metadata: Metadata,
     keys: CoreJsonWebKeySet,
 }
 
@@ -252,7 +283,7 @@ impl Provider {
     }
 
     async fn discover(&self) -> Result<Known, String> {
-        let metadata = ProviderMetadataWithLogout::discover_async(self.issuer.clone(), &http::call)
+        let metadata = Metadata::discover_async(self.issuer.clone(), &http::call)
             .await
             .map_err(|error| escape::limited(&crate::common::message::of(&error), 1000))?;
         let end = &metadata.additional_metadata().end_session_endpoint;
@@ -353,6 +384,15 @@ impl Provider {
         flow: &Flow,
         answer: &Answer,
     ) -> Result<Complete, Failed> {
+        let known = self.ready().await?;
+        let names_itself = known
+            .metadata
+            .additional_metadata()
+            .authorization_response_iss_parameter_supported;
+        // An answer that another provider passed on has none, or another one.
+        if names_itself && answer.iss.is_none() {
+            return Err(Failed::Invalid("it does not name its issuer"));
+        }
         if let Some(error) = &answer.error {
             return Err(Failed::Refused(told(
                 error,
@@ -366,7 +406,6 @@ impl Provider {
         let Ok(_place) = self.exchanges.try_acquire() else {
             return Err(Failed::Unavailable);
         };
-        let known = self.ready().await?;
         let tokens = exchange(&known, code, flow).await?;
         let token = tokens
             .id_token()

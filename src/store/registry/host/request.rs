@@ -201,7 +201,10 @@ impl Host {
     }
 
     /// Waits for an answer, and shows that the save waits for the registry once that has taken [`SILENCE`].
-    pub(in crate::store::registry) async fn watched<T>(&self, answer: impl Future<Output = T>) -> T {
+    pub(in crate::store::registry) async fn watched<T>(
+        &self,
+        answer: impl Future<Output = T>,
+    ) -> T {
         let mut answer = std::pin::pin!(answer);
         if let Ok(answered) = tokio::time::timeout(SILENCE, &mut answer).await {
             return answered;
