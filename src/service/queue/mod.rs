@@ -244,6 +244,9 @@ fn truncated_session(session: &Session) -> Cow<'_, Session> {
         upper_entries: session.upper_entries,
         next: session.next.clone(),
         packages: session.packages.clone().map(|list| list.limited(0, 0)),
+        look: session.look,
+        autosave: session.autosave,
+        auxiliary: session.auxiliary,
     })
 }
 
