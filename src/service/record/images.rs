@@ -113,7 +113,7 @@ async fn note(connection: &mut AnyConnection, key: &ImageKey) -> Result<Note, Er
 }
 
 /// Returns `$from, …` with `count` placeholders.
-fn places(from: usize, count: usize) -> String {
+pub(super) fn places(from: usize, count: usize) -> String {
     let all: Vec<_> = (from..from + count).map(|n| format!("${n}")).collect();
     all.join(", ")
 }

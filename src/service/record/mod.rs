@@ -5,6 +5,7 @@
 //! resulting requests to the queue. A change is written only over the version that it is based on.
 
 mod audit;
+mod autosave;
 mod change;
 mod images;
 mod mail;
@@ -30,6 +31,7 @@ use sqlx::{Any, AnyPool, Executor as _, Transaction};
 
 use crate::service::job::{JobId, State};
 
+pub use self::autosave::{LastSave, StoredAutosave};
 pub use self::images::{Fate, ImageKey, Note, NoteChange};
 pub use self::mail::{MAILS_PER_DAY, MailSetting};
 pub use self::notice::{Audience, Notice};
@@ -39,7 +41,8 @@ use self::reach::Location;
 pub use self::receiver::{Language, Receiver, ReceiverKind, SaveEvent};
 pub(crate) use self::save::{AUTOSAVE, ENDED};
 pub use self::save::{
-    Draft, Failure, Held, MadeBy, OutboxAction, Policy, Progress, Save, SaveWarning,
+    AutosaveSetting, Draft, Failure, Held, MadeBy, OutboxAction, Policy, Progress, Save,
+    SaveWarning,
 };
 pub use self::signin::SignIn;
 pub use self::submit::{Request, Submitted, UserLimits};
