@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use super::autosave;
 use super::client::{Client, Error};
 use crate::cli::args::service::{Job, JobSubmit};
 use crate::cli::args::{Format, Server};
@@ -58,6 +59,9 @@ pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
             let found: Saves = client.get("saves", &query).await?;
             print(args.format, &found, saves_now)
         }),
+        Job::Autosave(args) => with_client(&args.server, async |client| {
+            autosave::run(client, &args).await
+        }),
     }
 }
 
@@ -95,7 +99,7 @@ pub(super) async fn cancel(client: &Client, id: &str) -> anyhow::Result<()> {
 }
 
 /// Parses `NAMESPACE/POD[/CONTAINER]` or an ID.
-fn which(text: &str) -> Result<Which, Usage> {
+pub(super) fn which(text: &str) -> Result<Which, Usage> {
     let parts: Vec<&str> = text.split('/').collect();
     match parts.as_slice() {
         [id] if !id.is_empty() => Ok(Which::Id((*id).to_owned())),
@@ -365,7 +369,7 @@ impl Reported {
 }
 
 /// Formats the time since `time`, such as `2h`.
-fn age(time: &str, now: Timestamp) -> String {
+pub(super) fn age(time: &str, now: Timestamp) -> String {
     let Ok(time) = time.parse::<Timestamp>() else {
         return "-".to_owned();
     };
@@ -416,6 +420,7 @@ fn sessions_table(sessions: &[SessionView], now: Timestamp) -> String {
         ("CHANGED", Align::Right),
         ("AGE", Align::Right),
         ("STATE", Align::Left),
+        ("AUTOSAVE", Align::Left),
         ("SAVE", Align::Left),
     ];
     let rows = sessions.iter().map(|session| {
@@ -440,6 +445,7 @@ fn sessions_table(sessions: &[SessionView], now: Timestamp) -> String {
                 None => age(&session.started, now),
             },
             state(session, now),
+            autosave::brief(session.autosave.as_ref()),
             session
                 .save
                 .map_or_else(|| "-".to_owned(), |save| save.to_string()),
@@ -611,7 +617,7 @@ mod tests {
             "unsaved": [], "unsaved_more": 0, "suggested_name": "nb-0", "suggested_tag": "x",
         }))?;
         assert!(
-            sessions_table(&[session.clone()], now).ends_with("  2h  running  -\n"),
+            sessions_table(&[session.clone()], now).ends_with("  2h  running  -         -\n"),
             "{}",
             sessions_table(&[session.clone()], now)
         );
@@ -639,7 +645,7 @@ mod tests {
             });
             assert_eq!(state(&session, now), told);
         }
-        assert!(sessions_table(&[session], now).ends_with("  ended  -\n"));
+        assert!(sessions_table(&[session], now).ends_with("  ended  -         -\n"));
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! The verbs of the service: `manager`, `agent`, `up`, `setup`, `key` and `doctor`, and `job` and `kubectl`, which talk to
 //! a manager.
 
+mod autosave;
 mod callers;
 mod client;
 mod doctor;

@@ -12,7 +12,6 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::Mutex;
 use utoipa::IntoParams;
 
-use super::App;
 use super::access::Reach;
 use super::api::{NodeView, Nodes, SessionEndView, SessionView, Sessions, Which};
 use super::auth::Caller;
@@ -20,6 +19,7 @@ use super::extract::QueryParams;
 use super::paging::{Listed, MAX_LIMIT, PageQuery, cut, limit};
 use super::refusal::Refusal;
 use super::time::{rfc3339, stamp};
+use super::{App, autosave};
 use crate::common::pod;
 use crate::service::job::{JobId, Node, Session, now_ms};
 use crate::service::queue::{self, HEARTBEAT_LOST, Queue};
@@ -411,11 +411,12 @@ pub(super) async fn sessions(
                 .ended
                 .is_none_or(|ended| session.ended.is_some() == ended)
     };
-    let all: Vec<&Session> = all.iter().filter(asked_for).collect();
+    let mut all: Vec<&Session> = all.iter().filter(asked_for).collect();
     let reach = Reach::of(&app, &caller, all.iter().copied()).await?;
+    all.retain(|session| reach.covers(&caller, session));
+    let mut autosaves = autosave::views(&app, &all).await?;
     let sessions = all
         .into_iter()
-        .filter(|session| reach.covers(&caller, session))
         .map(|session| SessionView {
             id: session.id.clone(),
             node: session.node.clone(),
@@ -443,6 +444,7 @@ pub(super) async fn sessions(
             suggested_name: suggested_name(session),
             suggested_tag: suggested_tag(session, now),
             save: open.get(&session.id).copied(),
+            autosave: autosaves.remove(&session.id),
         })
         .collect();
     let (sessions, next) = cut(sessions, asked.cursor.as_deref(), limit, |session| {

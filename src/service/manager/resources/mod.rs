@@ -17,6 +17,7 @@ use kube::{Client, ResourceExt as _};
 
 use self::followed::{Followed, MOST, has_lived, is_being_deleted, is_requested};
 use super::App;
+use super::accept::accept;
 use super::access::Reach;
 use super::api::{ImageName, Replace, SaveRequest, Which};
 use super::auth::{Caller, Via};
@@ -296,7 +297,7 @@ async fn status(app: &App, save: &Save, before: SaveStatus) -> Result<SaveStatus
             if let Ok(key) = HeaderValue::from_str(&uid) {
                 headers.insert("idempotency-key", key);
             }
-            match saves::accept(app, &caller(save), Some(&reach), &headers, request(save)).await {
+            match accept(app, &caller(save), Some(&reach), &headers, request(save)).await {
                 Ok(found) => found,
                 Err(refusal) => return Ok(refused(save, before, &refusal)),
             }
