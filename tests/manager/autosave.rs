@@ -98,8 +98,14 @@ async fn what_changed_is_saved_once_whichever_managers_run() -> Outcomes {
     let claim = agent.claim().await?;
     let order = &claim.order;
     assert!(order.autosave);
-    assert_eq!((&order.session, &order.replaces), (&id(1), &Replaces::Nothing));
-    assert!(order.destination.contains("/alice/pod-1:auto-20"), "{order:?}");
+    assert_eq!(
+        (&order.session, &order.replaces),
+        (&id(1), &Replaces::Nothing)
+    );
+    assert!(
+        order.destination.contains("/alice/pod-1:auto-20"),
+        "{order:?}"
+    );
     let save = get(at, Who::Alice, &format!("/api/v1/saves/{}", order.job)).await?;
     assert_eq!(save["made_by"], "autosave", "{save}");
     assert_eq!(save["message"], "autosave");
@@ -137,7 +143,13 @@ async fn what_changed_is_saved_once_whichever_managers_run() -> Outcomes {
 async fn an_open_autosave_survives_the_manager_and_the_queue() -> Outcomes {
     let (site, manager, _) = at_work(HOUR, &[changed(1, 1, None)]).await?;
     let is_open = |shown: &Value| list(shown, "saves").len() == 1;
-    until(manager.address, Who::Alice, "/api/v1/saves?state=open", is_open).await?;
+    until(
+        manager.address,
+        Who::Alice,
+        "/api/v1/saves?state=open",
+        is_open,
+    )
+    .await?;
     manager.stop().await?;
     let queue = empty_queue();
     let options = options(&site, HOUR)?;
@@ -147,7 +159,13 @@ async fn an_open_autosave_survives_the_manager_and_the_queue() -> Outcomes {
     let claim = agent.claim().await?;
     assert!(claim.order.autosave);
     agent.work(&claim).await?;
-    until(manager.address, Who::Alice, "/api/v1/saves?state=succeeded", is_open).await?;
+    until(
+        manager.address,
+        Who::Alice,
+        "/api/v1/saves?state=succeeded",
+        is_open,
+    )
+    .await?;
     let all = get(manager.address, Who::Alice, "/api/v1/saves").await?;
     assert!(is_open(&all), "{all}");
     manager.stop().await
@@ -174,8 +192,14 @@ async fn one_that_fails_is_shown_and_tried_again_when_the_next_is_due() -> Outco
         autosave["waits_for"], "the last one failed: the registry refuses",
         "{autosave}"
     );
-    assert_eq!((&autosave["every_minutes"], &autosave["keep"]), (&json!(60), &json!(1)));
-    assert_eq!((&autosave["from"], &autosave["last"]), (&json!("administrator"), &Value::Null));
+    assert_eq!(
+        (&autosave["every_minutes"], &autosave["keep"]),
+        (&json!(60), &json!(1))
+    );
+    assert_eq!(
+        (&autosave["from"], &autosave["last"]),
+        (&json!("administrator"), &Value::Null)
+    );
     manager.stop().await
 }
 
@@ -192,7 +216,8 @@ async fn audit(manager: &Manager, job: JobId) -> Fallible<Vec<(String, String)>>
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_save_by_hand_goes_before_an_autosave_of_the_session() -> Outcomes {
-    let (_site, manager, agent) = at_work(HOUR, &[changed(1, 1, None), changed(2, 1, None)]).await?;
+    let (_site, manager, agent) =
+        at_work(HOUR, &[changed(1, 1, None), changed(2, 1, None)]).await?;
     let at = manager.address;
     let two = |shown: &Value| list(shown, "saves").len() == 2;
     until(at, Who::Alice, "/api/v1/saves?state=open", two).await?;
@@ -239,14 +264,26 @@ async fn an_autosave_whose_tag_is_being_set_is_waited_for() -> Outcomes {
         let asked = submit(at, Who::Alice, &id(1), "by-hand").await;
         asked.map_err(|error| error.to_string())
     });
-    until(at, Who::Administrator, &format!("/api/v1/saves/{}/audit", claim.order.job), |shown| {
-        let lines = list(shown, "transitions");
-        lines.iter().any(|line| line["actor"] == "upperdeck:auto" && line["from"] == "running")
-    })
+    until(
+        at,
+        Who::Administrator,
+        &format!("/api/v1/saves/{}/audit", claim.order.job),
+        |shown| {
+            let lines = list(shown, "transitions");
+            lines
+                .iter()
+                .any(|line| line["actor"] == "upperdeck:auto" && line["from"] == "running")
+        },
+    )
     .await?;
     agent.end(&claim, 9, crate::site::succeeded()).await?;
     by_hand.await??;
-    let done = get(at, Who::Alice, &format!("/api/v1/saves/{}", claim.order.job)).await?;
+    let done = get(
+        at,
+        Who::Alice,
+        &format!("/api/v1/saves/{}", claim.order.job),
+    )
+    .await?;
     assert_eq!(done["state"], "succeeded");
     manager.stop().await
 }
@@ -259,7 +296,11 @@ async fn tags_of_autosaves_are_reserved() -> Outcomes {
     let (status, problem) = ask(at, Who::Alice, Method::POST, "/api/v1/saves", Some(body)).await?;
     assert_eq!(
         (status, &problem["code"], &problem["field"]),
-        (StatusCode::UNPROCESSABLE_ENTITY, &json!("invalid"), &json!("image.tag"))
+        (
+            StatusCode::UNPROCESSABLE_ENTITY,
+            &json!("invalid"),
+            &json!("image.tag")
+        )
     );
     push(&site, "alice", "torch", "v1", "one")?;
     let path = "/api/v1/images/torch/tags/v1";
@@ -290,7 +331,8 @@ async fn users_set_what_applies_to_their_sessions() -> Outcomes {
         get(at, Who::Alice, own).await?,
         json!({"default": null, "own": null, "min_minutes": 5})
     );
-    let put = async |who, path: &str, body: Value| ask(at, who, Method::PUT, path, Some(body)).await;
+    let put =
+        async |who, path: &str, body: Value| ask(at, who, Method::PUT, path, Some(body)).await;
     let shown = async || -> Fallible<Value> {
         let shown = get(at, Who::Alice, "/api/v1/sessions").await?;
         Ok(shown["sessions"][0]["autosave"].clone())
@@ -301,9 +343,7 @@ async fn users_set_what_applies_to_their_sessions() -> Outcomes {
         (status, &body["own"]),
         (StatusCode::OK, &json!({"every_minutes": 30, "keep": 5}))
     );
-    let policy = |minutes: u32, keep: u32, from: &str| {
-        json!({"every_minutes": minutes, "keep": keep, "from": from, "last": null, "waits_for": null})
-    };
+    let policy = |minutes: u32, keep: u32, from: &str| json!({"every_minutes": minutes, "keep": keep, "from": from, "last": null, "waits_for": null});
     assert_eq!(shown().await?, policy(30, 5, "user"));
     // What a pod says goes before that, and what is set for the session before both; less than may be is raised.
     let of_pod = Session {
@@ -321,7 +361,10 @@ async fn users_set_what_applies_to_their_sessions() -> Outcomes {
     let (status, body) = put(Who::Alice, &of_session, json!({"every_minutes": 1})).await?;
     assert_eq!(
         (status, body),
-        (StatusCode::OK, json!({"autosave": policy(5, 12, "session")}))
+        (
+            StatusCode::OK,
+            json!({"autosave": policy(5, 12, "session")})
+        )
     );
     let (_, body) = put(Who::Administrator, &of_session, json!({"off": true})).await?;
     assert_eq!(body, json!({"autosave": null}));
@@ -369,7 +412,12 @@ async fn make(
 ) -> Fallible<(JobId, String)> {
     agent.heartbeat(&[changed(1, 1, before)]).await?;
     let claim: Claim = agent.claim().await?;
-    let tag = claim.order.destination.rsplit(':').next().unwrap_or_default();
+    let tag = claim
+        .order
+        .destination
+        .rsplit(':')
+        .next()
+        .unwrap_or_default();
     let digest = push(site, "alice", "pod-1", tag, text)?;
     agent.begin(&claim).await?;
     agent.confirm(&claim).await?;
@@ -379,12 +427,16 @@ async fn make(
     };
     agent.end(&claim, 9, Outcome::Succeeded { saved }).await?;
     let path = format!("/api/v1/saves/{}", claim.order.job);
-    until(manager.address, Who::Alice, &path, |save| save["state"] == "succeeded").await?;
+    until(manager.address, Who::Alice, &path, |save| {
+        save["state"] == "succeeded"
+    })
+    .await?;
     Ok((claim.order.job, tag.to_owned()))
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn images_that_are_not_needed_any_more_are_deleted_unless_their_owner_holds_on_to_them() -> Outcomes {
+async fn images_that_are_not_needed_any_more_are_deleted_unless_their_owner_holds_on_to_them()
+-> Outcomes {
     let hour = || now_ms() / 3_600_000;
     let begun = hour();
     let (site, manager, agent) = at_work(Duration::from_millis(1), &[]).await?;
@@ -403,10 +455,22 @@ async fn images_that_are_not_needed_any_more_are_deleted_unless_their_owner_hold
     }
     let save = until(at, Who::Alice, &path, gone).await?;
     assert_eq!(save["image"]["caller"], "upperdeck:auto", "{save}");
-    let pin = |digest: &Value| format!("/api/v1/images/pod-1/digests/{}", digest.as_str().unwrap_or_default());
+    let pin = |digest: &Value| {
+        format!(
+            "/api/v1/images/pod-1/digests/{}",
+            digest.as_str().unwrap_or_default()
+        )
+    };
     let shown = get(at, Who::Alice, &format!("/api/v1/saves/{second}")).await?;
     let path = pin(&shown["result"]["digest"]);
-    let (status, body) = ask(at, Who::Alice, Method::PATCH, &path, Some(json!({"pinned": true}))).await?;
+    let (status, body) = ask(
+        at,
+        Who::Alice,
+        Method::PATCH,
+        &path,
+        Some(json!({"pinned": true})),
+    )
+    .await?;
     assert_eq!(status, StatusCode::OK, "{body}");
     // The tag of the third one names another image afterwards, which is not its own.
     let (third, third_tag) = make(&site, &manager, &agent, Some(second), "three").await?;
@@ -420,7 +484,10 @@ async fn images_that_are_not_needed_any_more_are_deleted_unless_their_owner_hold
     assert_eq!(fate(second).await?["state"], "tagged");
     let replaced = until(at, Who::Alice, &format!("/api/v1/saves/{third}"), gone).await?;
     assert_eq!(replaced["image"]["caller"], Value::Null);
-    let images = until(at, Who::Alice, "/api/v1/images", |shown| shown["total"] == 3).await?;
+    let images = until(at, Who::Alice, "/api/v1/images", |shown| {
+        shown["total"] == 3
+    })
+    .await?;
     let mut tags: Vec<&str> = list(&images, "images")
         .iter()
         .flat_map(|image| list(image, "tags"))

@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 
 use super::client::Client;
-use super::job::{age, api_name, which};
+use super::words::{age, api_name, which};
 use crate::cli::args::service::JobAutosave;
 use crate::cli::exit::Usage;
 use crate::cli::print::print;

@@ -12,6 +12,7 @@ mod notices;
 mod renewed;
 mod setup;
 mod verbs;
+mod words;
 
 use super::args::service::Verb;
 use super::exit::Exit;

@@ -9,11 +9,12 @@ use super::App;
 use super::access::Reach;
 use super::api::{Replace, SaveRequest};
 use super::auth::Caller;
-use super::inventory::{find, find_within, session_name, sessions_to_save, suggested_name};
+use super::cancel::cancel_because;
+use super::inventory::{find, find_within, sessions_to_save};
+use super::names::{session_name, suggested_name};
 use super::notify::receivers;
 use super::refusal::Refusal;
 use super::replace::{Image, choose_tag};
-use super::saves::cancel_because;
 use crate::service::job::{JobId, SaveOptions, Session, State, now_ms};
 use crate::service::record::{AUTOSAVE, MadeBy, Request, Save, Submitted, UserLimits};
 

@@ -1,21 +1,15 @@
 //! When sessions are saved without being asked for: what their users, their pods and the administrator say, and the state
-//! of that which is not in the record.
+//! of that which is not in the record. The calls that set it are in `autosave_settings`.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use axum::Json;
-use axum::extract::State as Extracted;
 use tokio::sync::Notify;
 
 use super::App;
-use super::api::{
-    self, AutosaveFrom, AutosaveInForce, AutosavePolicy, AutosaveSettings, SessionAutosave, Which,
-};
-use super::auth::Caller;
-use super::extract::{Body, Path};
-use super::inventory::{find, suggested_name};
+use super::api::{AutosaveFrom, AutosavePolicy, SessionAutosave};
+use super::names::suggested_name;
 use super::options::AutosaveDefaults;
 use super::refusal::Refusal;
 use super::time::rfc3339;
@@ -24,9 +18,8 @@ use crate::service::record::{self, AutosaveSetting};
 
 /// Longest time from a save to the next one.
 const MOST: Duration = Duration::from_secs(7 * 24 * 3600);
-const MOST_MINUTES: u32 = 7 * 24 * 60;
 /// Maximum number of the latest autosaves that are kept.
-const MAX_KEEP: u32 = 100;
+pub(super) const MAX_KEEP: u32 = 100;
 
 /// State of the autosaves that every manager finds out for itself.
 #[derive(Default)]
@@ -125,14 +118,29 @@ pub(super) fn policy(
     } else {
         ((defaults.every, None), AutosaveFrom::Administrator)
     };
-    Some(Policy {
-        every: every?.min(MOST).max(defaults.least),
-        keep: keep.unwrap_or(defaults.keep).clamp(1, MAX_KEEP),
-        from,
-    })
+    Some(bounded(defaults, every?, keep, from))
 }
 
-fn in_minutes(time: Duration) -> u32 {
+/// Returns what an administrator set as the default; `None` if there are none.
+pub(super) fn default_policy(defaults: &AutosaveDefaults) -> Option<AutosavePolicy> {
+    let from = AutosaveFrom::Administrator;
+    Some(bounded(defaults, defaults.every?, None, from).view())
+}
+
+fn bounded(
+    defaults: &AutosaveDefaults,
+    every: Duration,
+    keep: Option<u32>,
+    from: AutosaveFrom,
+) -> Policy {
+    Policy {
+        every: every.min(MOST).max(defaults.least),
+        keep: keep.unwrap_or(defaults.keep).clamp(1, MAX_KEEP),
+        from,
+    }
+}
+
+pub(super) fn in_minutes(time: Duration) -> u32 {
     u32::try_from(time.as_secs().div_ceil(60)).unwrap_or(u32::MAX)
 }
 
@@ -171,159 +179,6 @@ pub(super) async fn views(
         (id.to_owned(), view)
     };
     Ok(policies.into_iter().map(view).collect())
-}
-
-/// Returns a setting as the record keeps it.
-fn checked(asked: &api::AutosaveSetting) -> Result<AutosaveSetting, Refusal> {
-    let refuse = |field, message: String| Err(Refusal::invalid(field, message));
-    if asked
-        .keep
-        .is_some_and(|keep| !(1..=MAX_KEEP).contains(&keep))
-    {
-        return refuse("keep", format!("it is 1 to {MAX_KEEP}"));
-    }
-    match (asked.every_minutes, asked.off) {
-        (Some(minutes), false) if (1..=MOST_MINUTES).contains(&minutes) => {}
-        (Some(_), false) => {
-            return refuse("every_minutes", format!("it is 1 to {MOST_MINUTES}"));
-        }
-        (None, true) if asked.keep.is_none() => {}
-        (_, true) => return refuse("off", "with off, nothing else is set".to_owned()),
-        (None, false) => {
-            return refuse("every_minutes", "expected every_minutes or off".to_owned());
-        }
-    }
-    Ok(AutosaveSetting {
-        every_minutes: asked.every_minutes,
-        keep: asked.keep,
-    })
-}
-
-async fn of_caller(app: &App, user: &str) -> Result<Json<AutosaveSettings>, Refusal> {
-    let settings = app.record.autosave_settings(&[user]).await?;
-    let own = settings.get(&(user.to_owned(), String::new()));
-    let defaults = &app.options.autosave;
-    Ok(Json(AutosaveSettings {
-        default: defaults.every.map(|every| AutosavePolicy {
-            every_minutes: in_minutes(every.min(MOST).max(defaults.least)),
-            keep: defaults.keep.clamp(1, MAX_KEEP),
-        }),
-        own: own.map(|set| api::AutosaveSetting {
-            every_minutes: set.every_minutes,
-            keep: set.keep,
-            off: set.every_minutes.is_none(),
-        }),
-        min_minutes: in_minutes(defaults.least),
-    }))
-}
-
-/// Returns what applies to the caller's sessions of which nothing else is said.
-#[utoipa::path(
-    get, path = "/api/v1/autosave", tag = "sessions",
-    responses((status = 200, body = AutosaveSettings, description = "The settings"), Refusal)
-)]
-pub(super) async fn autosave(
-    Extracted(app): Extracted<App>,
-    caller: Caller,
-) -> Result<Json<AutosaveSettings>, Refusal> {
-    of_caller(&app, caller.require_user()?).await
-}
-
-/// Sets when the caller's sessions are saved without being asked for.
-///
-/// What is set for one session, and the annotation or label `upperdeck.io/autosave` of its pod, go before it; it goes before
-/// what the administrator set.
-#[utoipa::path(
-    put, path = "/api/v1/autosave", tag = "sessions",
-    request_body = api::AutosaveSetting,
-    responses((status = 200, body = AutosaveSettings, description = "The settings as they are now"), Refusal)
-)]
-pub(super) async fn set_autosave(
-    Extracted(app): Extracted<App>,
-    caller: Caller,
-    Body(asked): Body<api::AutosaveSetting>,
-) -> Result<Json<AutosaveSettings>, Refusal> {
-    let user = caller.require_user()?;
-    let setting = checked(&asked)?;
-    app.record.set_autosave(user, "", Some(&setting)).await?;
-    of_caller(&app, user).await
-}
-
-/// Removes what the caller set for all own sessions.
-#[utoipa::path(
-    delete, path = "/api/v1/autosave", tag = "sessions",
-    responses((status = 200, body = AutosaveSettings, description = "The settings as they are now"), Refusal)
-)]
-pub(super) async fn unset_autosave(
-    Extracted(app): Extracted<App>,
-    caller: Caller,
-) -> Result<Json<AutosaveSettings>, Refusal> {
-    let user = caller.require_user()?;
-    app.record.set_autosave(user, "", None).await?;
-    of_caller(&app, user).await
-}
-
-async fn change_session(
-    app: &App,
-    caller: &Caller,
-    id: String,
-    setting: Option<&AutosaveSetting>,
-) -> Result<Json<AutosaveInForce>, Refusal> {
-    if !caller.administrator {
-        caller.require_user()?;
-    }
-    let all = app.inventory.sessions(&app.queue).await?;
-    let session = find(app, &all, caller, &Which::Id(id)).await?;
-    let Some(owner) = &session.owner else {
-        return Err(Refusal::invalid(
-            "session",
-            "this session has no owner: there are no autosaves of it",
-        ));
-    };
-    // Permissions in a cluster are on sessions, not on what their owners want.
-    if !caller.may_access(owner) {
-        return Err(Refusal::forbidden(
-            "the session belongs to another user, who decides about its autosaves",
-        ));
-    }
-    let name = suggested_name(session);
-    app.record.set_autosave(owner, &name, setting).await?;
-    let autosave = views(app, &[session]).await?.remove(&session.id);
-    Ok(Json(AutosaveInForce { autosave }))
-}
-
-/// Sets when a session is saved without being asked for.
-///
-/// It holds for every later session of the same user with the same `suggested_name`, too, because the ID of a container does
-/// not live until tomorrow. It goes before what the pod says.
-#[utoipa::path(
-    put, path = "/api/v1/sessions/{id}/autosave", tag = "sessions",
-    params(("id" = String, Path, description = "The session's ID")),
-    request_body = api::AutosaveSetting,
-    responses((status = 200, body = AutosaveInForce, description = "What applies to the session now"), Refusal)
-)]
-pub(super) async fn set_session_autosave(
-    Extracted(app): Extracted<App>,
-    caller: Caller,
-    Path(id): Path<String>,
-    Body(asked): Body<api::AutosaveSetting>,
-) -> Result<Json<AutosaveInForce>, Refusal> {
-    let setting = checked(&asked)?;
-    change_session(&app, &caller, id, Some(&setting)).await
-}
-
-/// Removes what was set for a session.
-#[utoipa::path(
-    delete, path = "/api/v1/sessions/{id}/autosave", tag = "sessions",
-    params(("id" = String, Path, description = "The session's ID")),
-    responses((status = 200, body = AutosaveInForce, description = "What applies to the session now"), Refusal)
-)]
-pub(super) async fn unset_session_autosave(
-    Extracted(app): Extracted<App>,
-    caller: Caller,
-    Path(id): Path<String>,
-) -> Result<Json<AutosaveInForce>, Refusal> {
-    change_session(&app, &caller, id, None).await
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use axum::http::StatusCode;
 
 use super::App;
 use super::api::Replace;
-use super::inventory::{other_tag, suggested_tag};
+use super::names::{other_tag, suggested_tag};
 use super::problem::ExistingImage;
 use super::refusal::Refusal;
 use super::target::is_reserved;

@@ -22,8 +22,8 @@ use super::cors::Cors;
 use super::extract::RequestGuard;
 use super::refusal::{Refusal, addressed};
 use super::{
-    App, api, autosave, conditional, deletion, describe, docs, events, feed, hurry, images,
-    inventory, notify, oidc, packages, paging, rename, saves, sharing, signin, status,
+    App, api, autosave_settings, conditional, deletion, describe, docs, events, feed, hurry,
+    images, inventory, notify, oidc, packages, paging, rename, saves, sharing, signin, status,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -84,13 +84,13 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(packages::of_save))
         .routes(routes!(packages::of_session))
         .routes(routes!(
-            autosave::autosave,
-            autosave::set_autosave,
-            autosave::unset_autosave
+            autosave_settings::autosave,
+            autosave_settings::set_autosave,
+            autosave_settings::unset_autosave
         ))
         .routes(routes!(
-            autosave::set_session_autosave,
-            autosave::unset_session_autosave
+            autosave_settings::set_session_autosave,
+            autosave_settings::unset_session_autosave
         ))
         .routes(routes!(saves::dead))
         .routes(routes!(notify::notify))

@@ -4,9 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use sqlx::Row as _;
 
-use super::images::places;
 use super::save::{AUTOSAVE, AutosaveSetting};
-use super::{Error, Record, id_of, state_of};
+use super::{Error, Record, id_of, places, state_of};
 use crate::service::job::{JobId, State, now_ms};
 
 /// Maximum number of sessions or users per query.

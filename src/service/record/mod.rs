@@ -281,6 +281,12 @@ fn make_private(path: &Path) -> std::io::Result<()> {
     crate::common::regular_file::open_with(path, options, rustix::fs::OFlags::empty()).map(drop)
 }
 
+/// Returns `$from, …` with `count` placeholders.
+fn places(from: usize, count: usize) -> String {
+    let all: Vec<_> = (from..from + count).map(|n| format!("${n}")).collect();
+    all.join(", ")
+}
+
 /// Parses the JSON of a row. Fails with the ID of the save that the row belongs to.
 fn read<T: serde::de::DeserializeOwned>(save: &str, text: &str) -> Result<T, Error> {
     serde_json::from_str(text).map_err(|error| Error::Row {

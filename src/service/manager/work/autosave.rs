@@ -17,7 +17,7 @@ use crate::service::manager::accept::{Asked, accept_of};
 use crate::service::manager::api::{ImageName, Notify, Replace, SaveRequest, Which};
 use crate::service::manager::auth::Caller;
 use crate::service::manager::autosave::{Policy, policy, settings_of};
-use crate::service::manager::inventory::{other_tag, suggested_tag};
+use crate::service::manager::names::{other_tag, suggested_tag};
 use crate::service::manager::refusal::Refusal;
 use crate::service::manager::target::AUTOSAVE_TAG;
 use crate::service::record::{AUTOSAVE, LastSave, Request};

@@ -15,7 +15,7 @@ use crate::service::manager::App;
 use crate::service::manager::accept::{Asked, accept_of};
 use crate::service::manager::api::{ImageName, Replace, SaveRequest, Which};
 use crate::service::manager::auth::Caller;
-use crate::service::manager::inventory::suggested_tag;
+use crate::service::manager::names::suggested_tag;
 use crate::service::manager::refusal::Refusal;
 use crate::service::record::{ENDED, Request};
 
