@@ -2,6 +2,7 @@
 //! the queue's interface.
 
 mod access;
+mod autosave;
 mod doors;
 mod ended;
 mod events;

@@ -30,6 +30,7 @@ use upperdeck::service::manager::api::{
     SessionView, Sessions, Warning, Which,
 };
 use upperdeck::service::manager::auth::Via;
+use upperdeck::service::record::MadeBy;
 
 use crate::browser::Outcome;
 
@@ -120,6 +121,7 @@ impl World {
             suggested_name: pod.to_owned(),
             suggested_tag: "2026-11-24-1530".to_owned(),
             save: None,
+            autosave: None,
         }
     }
 
@@ -149,6 +151,7 @@ impl World {
         training.next = Some(NextSave {
             delta: true,
             bytes: Some(TOTAL),
+            entries: Some(31_877),
             last_seconds: Some(41.0),
         });
         training.unsaved = vec![
@@ -170,6 +173,7 @@ impl World {
         statistics.next = Some(NextSave {
             delta: false,
             bytes: Some(318_000_000),
+            entries: Some(31_877),
             last_seconds: None,
         });
         statistics.unsaved = vec![mount("/proc", "proc", false)];
@@ -349,6 +353,7 @@ impl World {
             name,
             tag,
             message: request.message.clone(),
+            made_by: MadeBy::User,
             state: State::Queued,
             phase: None,
             since: Some(ago(0)),

@@ -5,6 +5,10 @@
 // What a test's helpers unwrap fails the test, as it should.
 #![allow(clippy::unwrap_used)]
 
+#[macro_use]
+mod world;
+
+mod autosaves;
 mod chaos;
 mod hostile;
 mod outages;
@@ -16,4 +20,3 @@ mod storm;
 #[allow(dead_code)]
 mod support;
 mod tls;
-mod world;

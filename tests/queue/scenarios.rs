@@ -12,29 +12,6 @@ use crate::world::{
     LONG, NO_LIMITS, NOW, Outcome, World, ended, node, order, report, session, succeeded,
 };
 
-/// Runs each scenario with both implementations.
-macro_rules! on_both {
-    ($($scenario:ident: $limits:expr;)*) => {
-        mod local {
-            use super::*;
-            $(#[tokio::test]
-            async fn $scenario() -> super::Outcome {
-                super::$scenario(World::local($limits)).await
-            })*
-        }
-        mod redis {
-            use super::*;
-            $(#[tokio::test]
-            async fn $scenario() -> super::Outcome {
-                match World::redis($limits) {
-                    Some(world) => super::$scenario(world).await,
-                    None => Ok(()),
-                }
-            })*
-        }
-    };
-}
-
 /// Returns limits with a maximum of concurrent saves per user and no others.
 const fn of_user(user: u32) -> Limits {
     Limits { user, ..NO_LIMITS }

@@ -8,6 +8,29 @@ use upperdeck::service::job::{
 };
 use upperdeck::service::queue::{Claim, ClaimState, Clock, Limits, Local, Queue, Settings};
 
+/// Runs each scenario with both implementations.
+macro_rules! on_both {
+    ($($scenario:ident: $limits:expr;)*) => {
+        mod local {
+            use super::*;
+            $(#[tokio::test]
+            async fn $scenario() -> super::Outcome {
+                super::$scenario(World::local($limits)).await
+            })*
+        }
+        mod redis {
+            use super::*;
+            $(#[tokio::test]
+            async fn $scenario() -> super::Outcome {
+                match World::redis($limits) {
+                    Some(world) => super::$scenario(world).await,
+                    None => Ok(()),
+                }
+            })*
+        }
+    };
+}
+
 pub type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 /// No limits.
@@ -61,6 +84,20 @@ impl World {
     /// Offers an order of `user` for `node`.
     pub async fn offer(&self, node: &str, user: &str) -> Result<Order, Box<dyn std::error::Error>> {
         let order = order(node, user);
+        self.queue.offer(&order).await?;
+        Ok(order)
+    }
+
+    /// Offers an autosave of `user` for `node`.
+    pub async fn offer_autosave(
+        &self,
+        node: &str,
+        user: &str,
+    ) -> Result<Order, Box<dyn std::error::Error>> {
+        let order = Order {
+            autosave: true,
+            ..order(node, user)
+        };
         self.queue.offer(&order).await?;
         Ok(order)
     }

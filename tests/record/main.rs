@@ -1,6 +1,7 @@
 //! The record with SQLite and PostgreSQL, with the same behavior: whatever is written is stored exactly once, even by
 //! concurrent writers.
 
+mod autosave;
 mod images;
 mod notices;
 mod packages;

@@ -404,6 +404,18 @@ impl Client {
         self.json(self.request(Method::POST, &path, &[])).await
     }
 
+    /// Sends a PUT request.
+    pub(super) async fn put<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, Error> {
+        let mut request = self.request(Method::PUT, path, &[]);
+        let body = serde_json::to_vec(body);
+        request.body = Some(body.map_err(|error| self.lost(error.to_string()))?);
+        self.json(request).await
+    }
+
     /// Sends a DELETE request.
     pub(super) async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, Error> {
         self.json(self.request(Method::DELETE, path, &[])).await

@@ -1,7 +1,7 @@
 //! `image ls` and `image rm` by way of a manager: the images of the caller.
 
 use super::client::Client;
-use super::job;
+use super::{job, words};
 use crate::cli::args::{Format, ImageLs, ImageRm};
 use crate::cli::exit::Usage;
 use crate::cli::print::print;
@@ -13,7 +13,7 @@ use crate::service::manager::api;
 /// Lists the caller's images, as the portal shows them.
 pub(in crate::cli) fn ls(args: &ImageLs) -> anyhow::Result<()> {
     let mut query = vec![
-        ("sort", job::api_name(&args.sort)),
+        ("sort", words::api_name(&args.sort)),
         ("limit", args.page_size.to_string()),
     ];
     query.extend(args.search.clone().map(|search| ("search", search)));

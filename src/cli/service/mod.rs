@@ -1,6 +1,7 @@
 //! The verbs of the service: `manager`, `agent`, `up`, `setup`, `key` and `doctor`, and `job` and `kubectl`, which talk to
 //! a manager.
 
+mod autosave;
 mod callers;
 mod client;
 mod doctor;
@@ -11,6 +12,7 @@ mod notices;
 mod renewed;
 mod setup;
 mod verbs;
+mod words;
 
 use super::args::service::Verb;
 use super::exit::Exit;

@@ -342,6 +342,11 @@ fn manager_options(
     options.connections = connection_limits(serve)?;
     options.open_per_user = serve.open_per_user;
     options.saves_per_day = serve.saves_per_day;
+    options.autosave = manager::AutosaveDefaults {
+        every: Some(serve.autosave).filter(|every| !every.is_zero()),
+        keep: serve.autosave_keep,
+        least: serve.autosave_min,
+    };
     options.attempts = serve.attempts;
     options.backoff = serve.backoff;
     options.timeout = serve.timeout;

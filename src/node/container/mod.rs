@@ -98,6 +98,13 @@ impl Pod {
         self.annotations.get(crate::common::pod::DEFAULT_CONTAINER)
     }
 
+    /// Returns what an annotation of the pod says, or else the label with the same name.
+    pub(crate) fn said(&self, key: &str) -> Option<&str> {
+        let annotated = self.annotations.get(key);
+        let said = annotated.or_else(|| self.labels.get(key));
+        said.map(String::as_str)
+    }
+
     /// Returns whether this is the same container of the same pod, whatever is known of its labels.
     fn is_same(&self, other: &Self) -> bool {
         (&self.namespace, &self.name, &self.container, &self.uid)

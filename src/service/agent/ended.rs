@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use super::options::Options;
 use super::session::session;
-use crate::common::pod;
 use crate::node::container::{self, Container, End, Problem};
 use crate::service::job::{Session, SessionEnd, now_ms};
 
@@ -140,7 +139,7 @@ impl EndedSessions {
             out_of_memory: end.out_of_memory,
             save: settled
                 && session.owner.is_some()
-                && is_meant(container)
+                && !session.auxiliary
                 && options.save_ended.of(container).wants(end),
         });
         session
@@ -175,18 +174,6 @@ pub(super) fn read(options: &Options) -> container::EndedListing {
 fn is_removed(known: &Known) -> bool {
     let found = std::fs::symlink_metadata(&known.upper);
     found.is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
-}
-
-/// Returns whether a container is the one of its pod that is meant by the pod's name, as far as the pod says: init
-/// containers end, too.
-fn is_meant(container: &Container) -> bool {
-    let pod = container.pod.as_ref();
-    let default = pod.and_then(container::Pod::default_container);
-    let of_pod = |pod: &container::Pod| match default {
-        Some(default) => pod.container == *default,
-        None => !pod::is_proxy(&pod.container),
-    };
-    pod.is_none_or(of_pod)
 }
 
 /// Returns a number that changes whenever there are other sessions that are to be saved; `None` if there are none.
@@ -336,28 +323,5 @@ mod tests {
         );
         // When it ended is not known.
         assert!(!save(SaveEnded::Always, None, End::default()));
-    }
-
-    #[test]
-    fn of_a_pod_only_the_container_that_is_meant_is_saved_by_itself() {
-        let mut it = ended(recorded());
-        let pod = |name: &str, default: Option<&str>| {
-            let default = default.map(|name| (pod::DEFAULT_CONTAINER.to_owned(), name.to_owned()));
-            Some(Pod {
-                container: name.to_owned(),
-                annotations: default.into_iter().collect(),
-                ..Pod::default()
-            })
-        };
-        for (pod, expected) in [
-            (None, true),
-            (pod("main", None), true),
-            (pod("istio-proxy", None), false),
-            (pod("main", Some("main")), true),
-            (pod("init", Some("main")), false),
-        ] {
-            it.pod = pod;
-            assert_eq!(is_meant(&it), expected, "{:?}", it.pod);
-        }
     }
 }

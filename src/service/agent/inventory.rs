@@ -14,7 +14,7 @@ use super::watch::Process;
 use crate::common::escape;
 use crate::image::packages::Packages;
 use crate::node::container::{self, Container, Problem, Runtime};
-use crate::service::job::{NextSave, Session, SessionEnd};
+use crate::service::job::{JobId, Look, NextSave, Session, SessionEnd, now_ms};
 
 /// Maximum number of problems in a heartbeat, and of characters in each.
 const MAX_PROBLEMS: usize = 20;
@@ -32,10 +32,25 @@ struct State {
     processes: HashMap<String, Process>,
     problems: Vec<String>,
     /// Result and time of the latest inspection of each session.
-    inspected: HashMap<String, (Inspection, Instant)>,
-    /// Duration of the last save of each session, in seconds.
-    seconds: HashMap<String, f64>,
+    inspected: HashMap<String, Inspected>,
+    /// The last save of each session since the agent was started.
+    saved: HashMap<String, Saved>,
     ended: EndedSessions,
+}
+
+/// The latest inspection of a session.
+#[derive(Debug)]
+struct Inspected {
+    found: Inspection,
+    look: Look,
+    at: Instant,
+}
+
+/// The last save of a session.
+#[derive(Clone, Copy, Debug)]
+struct Saved {
+    job: JobId,
+    seconds: f64,
 }
 
 impl Inventory {
@@ -111,7 +126,7 @@ impl Inventory {
         sessions.extend(state.ended.sessions().cloned());
         let there: HashSet<&String> = sessions.iter().map(|session| &session.id).collect();
         state.inspected.retain(|id, _| there.contains(id));
-        state.seconds.retain(|id, _| there.contains(id));
+        state.saved.retain(|id, _| there.contains(id));
         for session in &mut sessions {
             state.apply_inspection(session);
         }
@@ -129,7 +144,7 @@ impl Inventory {
     pub(super) fn due(&self, every: Duration) -> Vec<String> {
         let state = self.state();
         let fresh = |session: &&Session| {
-            let Some((_, at)) = state.inspected.get(&session.id) else {
+            let Some(Inspected { at, .. }) = state.inspected.get(&session.id) else {
                 return false;
             };
             match session.ended {
@@ -141,14 +156,26 @@ impl Inventory {
         due.map(|session| session.id.clone()).collect()
     }
 
-    /// Stores the result of an inspection; the default value if it failed.
-    pub(super) fn set_inspection(&self, id: &str, mut found: Inspection) {
+    /// Returns the description of an inspection that begins now.
+    pub(super) fn begin_look(&self, id: &str) -> Look {
+        Look {
+            at_ms: now_ms(),
+            after: self.state().saved.get(id).map(|saved| saved.job),
+        }
+    }
+
+    /// Stores the result of an inspection; the default value if it failed. One that began before the last save ended is
+    /// dropped.
+    pub(super) fn set_inspection(&self, id: &str, look: Look, mut found: Inspection) {
         let packages = found.packages.take();
         found.packages = packages.map(|all| all.sanitised(MAX_PACKAGES, MAX_PACKAGE_BYTES));
         let mut state = self.state();
-        state
-            .inspected
-            .insert(id.to_owned(), (found, Instant::now()));
+        if state.saved.get(id).map(|saved| saved.job) != look.after {
+            return;
+        }
+        let at = Instant::now();
+        let inspected = Inspected { found, look, at };
+        state.inspected.insert(id.to_owned(), inspected);
         let mut sessions = std::mem::take(&mut state.sessions);
         for session in sessions.iter_mut().filter(|session| session.id == id) {
             state.apply_inspection(session);
@@ -157,23 +184,25 @@ impl Inventory {
     }
 
     /// Records a completed save. The earlier inspection is dropped, because the next save depends on the new state.
-    pub(super) fn record_save(&self, id: &str, seconds: f64) {
+    pub(super) fn record_save(&self, id: &str, job: JobId, seconds: f64) {
         let mut state = self.state();
         state.inspected.remove(id);
-        state.seconds.insert(id.to_owned(), seconds);
+        state.saved.insert(id.to_owned(), Saved { job, seconds });
     }
 }
 
 impl State {
     fn apply_inspection(&self, session: &mut Session) {
-        if let Some((found, _)) = self.inspected.get(&session.id) {
+        if let Some(Inspected { found, look, .. }) = self.inspected.get(&session.id) {
+            session.look = Some(*look);
             session.upper_bytes = found.upper.bytes;
             session.upper_entries = found.upper.entries;
             session.packages.clone_from(&found.packages);
             session.next = found.next_save.as_ref().map(|next| NextSave {
                 delta: next.kind == "delta",
                 bytes: Some(next.bytes),
-                last_seconds: self.seconds.get(&session.id).copied(),
+                entries: Some(next.entries),
+                last_seconds: self.saved.get(&session.id).map(|saved| saved.seconds),
             });
         }
     }
@@ -202,6 +231,7 @@ struct Upper {
 struct Next {
     kind: String,
     bytes: u64,
+    entries: u64,
 }
 
 /// Returns the problems of a listing as sentences, those with what runs before the others.
@@ -294,24 +324,33 @@ mod tests {
         let id = container().id;
         let hour = Duration::from_secs(3600);
         assert_eq!(inventory.due(hour), std::slice::from_ref(&id));
-        inventory.record_save(&id, 2.5);
+        let before = inventory.begin_look(&id);
+        let job = JobId::new();
+        inventory.record_save(&id, job, 2.5);
         let json = r#"{"id":"x","upper":{"path":"/u","bytes":4096,"entries":3},
             "next_save":{"kind":"delta","reason":"r","entries":1,"bytes":7,"layers":2}}"#;
-        inventory.set_inspection(&id, serde_json::from_str(json)?);
+        // One that began before the save ended tells nothing about what changed since.
+        inventory.set_inspection(&id, before, serde_json::from_str(json)?);
+        assert_eq!(inventory.due(hour), std::slice::from_ref(&id));
+        assert_eq!(inventory.snapshot().0[0].look, None);
+        let look = inventory.begin_look(&id);
+        assert_eq!(look.after, Some(job));
+        inventory.set_inspection(&id, look, serde_json::from_str(json)?);
         assert_eq!(inventory.due(hour), Vec::<String>::new());
         assert_eq!(inventory.due(Duration::ZERO), std::slice::from_ref(&id));
         let told = &inventory.snapshot().0[0];
         let next = NextSave {
             delta: true,
             bytes: Some(7),
+            entries: Some(1),
             last_seconds: Some(2.5),
         };
         assert_eq!(
             (told.upper_bytes, told.upper_entries),
             (Some(4096), Some(3))
         );
-        assert_eq!(told.next, Some(next));
-        inventory.record_save(&id, 1.0);
+        assert_eq!((&told.next, told.look), (&Some(next), Some(look)));
+        inventory.record_save(&id, JobId::new(), 1.0);
         assert_eq!(inventory.due(hour), [id]);
         Ok(())
     }

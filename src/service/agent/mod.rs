@@ -1,6 +1,7 @@
 //! The agent of a node: claims orders from the queue, runs `upperdeck commit` as a child process for each, reports the
 //! child's events, and makes sure that no container stays frozen if a process dies.
 
+mod autosave;
 mod child;
 mod ended;
 mod final_event;
@@ -520,14 +521,16 @@ impl Agent {
                 }
                 // A new child would get stuck in the same place as the earlier one.
                 if self.stuck.pid_of(&session).is_some() {
+                    let look = self.inventory.begin_look(&session);
                     self.inventory
-                        .set_inspection(&session, Inspection::default());
+                        .set_inspection(&session, look, Inspection::default());
                     continue;
                 }
+                let look = self.inventory.begin_look(&session);
                 let found = child::inspect(&self.options, &self.stuck, &session).await;
                 let inside = found.and_then(|json| serde_json::from_slice(&json).ok());
                 self.inventory
-                    .set_inspection(&session, inside.unwrap_or_default());
+                    .set_inspection(&session, look, inside.unwrap_or_default());
             }
             tokio::time::sleep(self.options.inventory_every).await;
         }

@@ -36,10 +36,7 @@ impl SaveEnded {
     /// Returns what applies to a session: what its pod says, in an annotation or else a label, or else `self`. A value that
     /// is not known counts as none.
     pub(super) fn of(self, container: &Container) -> Self {
-        let said = container.pod.as_ref().and_then(|pod| {
-            let annotated = pod.annotations.get(SAVE_ON_END);
-            annotated.or_else(|| pod.labels.get(SAVE_ON_END))
-        });
+        let said = container.pod.as_ref().and_then(|pod| pod.said(SAVE_ON_END));
         said.and_then(|said| said.parse().ok()).unwrap_or(self)
     }
 

@@ -2,10 +2,10 @@
 
 use std::collections::HashSet;
 
-use super::kind;
 use super::options::Options;
-use crate::common::escape;
-use crate::node::container::{Container, MountPoint};
+use super::{autosave, kind};
+use crate::common::{escape, pod};
+use crate::node::container::{self, Container, MountPoint};
 use crate::service::job::{Session, Unsaved};
 
 /// Maximum number of mounts that are listed per session, and of bytes in all their names.
@@ -42,10 +42,25 @@ pub(super) fn session(options: &Options, container: &Container) -> Session {
         packages: None,
         unsaved,
         unsaved_more: more,
+        look: None,
+        autosave: autosave::wish(container),
+        auxiliary: !is_meant(container),
         problem: container.mounts_cut.then(|| {
             "more is mounted in it than is listed; a save is refused where it is more than a save can take".to_owned()
         }),
     }
+}
+
+/// Returns whether a container is the one of its pod that is meant by the pod's name, as far as the pod says: init
+/// containers end, too.
+fn is_meant(container: &Container) -> bool {
+    let pod = container.pod.as_ref();
+    let default = pod.and_then(container::Pod::default_container);
+    let of_pod = |pod: &container::Pod| match default {
+        Some(default) => pod.container == *default,
+        None => !pod::is_proxy(&pod.container),
+    };
+    pod.is_none_or(of_pod)
 }
 
 /// Returns each mount point once, up to the limits, and the number of the others. Mounts that the runtime creates for
@@ -78,4 +93,34 @@ fn unsaved(mounts: &[MountPoint]) -> (Vec<Unsaved>, u64) {
     let more = unsaved.len() - fits;
     unsaved.truncate(fits);
     (unsaved, more as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::container::Pod;
+    use crate::service::agent::kind::tests::container;
+
+    #[test]
+    fn of_a_pod_only_the_container_that_is_meant_is_saved_by_itself() {
+        let mut it = container();
+        let pod = |name: &str, default: Option<&str>| {
+            let default = default.map(|name| (pod::DEFAULT_CONTAINER.to_owned(), name.to_owned()));
+            Some(Pod {
+                container: name.to_owned(),
+                annotations: default.into_iter().collect(),
+                ..Pod::default()
+            })
+        };
+        for (pod, expected) in [
+            (None, true),
+            (pod("main", None), true),
+            (pod("istio-proxy", None), false),
+            (pod("main", Some("main")), true),
+            (pod("init", Some("main")), false),
+        ] {
+            it.pod = pod;
+            assert_eq!(is_meant(&it), expected, "{:?}", it.pod);
+        }
+    }
 }

@@ -163,7 +163,9 @@ async fn check_and_run(
     }
     let end = attempt(agent, reporter, order, lost).await;
     if let AttemptEnd::Outcome(Outcome::Succeeded { saved }) = &end {
-        agent.inventory.record_save(&order.session, saved.seconds);
+        agent
+            .inventory
+            .record_save(&order.session, order.job, saved.seconds);
     }
     agent.spool.end(order.job);
     end

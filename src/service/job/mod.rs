@@ -13,7 +13,9 @@ pub use order::{JobId, Order, Replaces, SaveOptions};
 pub use question::{Answer, NextStep, Question, Verdict};
 pub use report::{Outcome, Report, Saved, Update};
 pub use seal::{Keys, Message, SealError, Sealed};
-pub use session::{Category, Kind, Load, NextSave, Node, Session, SessionEnd, Unsaved};
+pub use session::{
+    AutosaveWish, Category, Kind, Load, Look, NextSave, Node, Session, SessionEnd, Unsaved,
+};
 pub use state::{Code, State};
 
 /// Returns milliseconds since the epoch, UTC, like every `_ms` instant in this module. Returns 0 if the machine's clock

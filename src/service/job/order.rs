@@ -101,6 +101,10 @@ pub struct Order {
     /// The image that the tag may be taken from.
     #[serde(default)]
     pub replaces: Replaces,
+    /// Whether it is an autosave, which the queue admits behind every other save. Left out otherwise, as older agents do not
+    /// know the field.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub autosave: bool,
     /// Number of the attempt, starting at 1.
     pub attempt: u32,
     /// The highest fence in the record so far. Every fence that is issued for this order is greater, even if the queue

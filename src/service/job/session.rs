@@ -94,6 +94,39 @@ pub struct Session {
     /// Why the data are incomplete, or why the session cannot be saved.
     #[serde(default)]
     pub problem: Option<String>,
+    /// The inspection that sizes, forecast and packages are from; absent if there was none since the last save.
+    #[serde(default)]
+    pub look: Option<Look>,
+    /// What its pod says about autosaves.
+    #[serde(default)]
+    pub autosave: Option<AutosaveWish>,
+    /// Whether it is another container of its pod than the one that the pod's name means: a proxy, or not the default one.
+    #[serde(default)]
+    pub auxiliary: bool,
+}
+
+/// An inspection of a session: its node looked at all files, without freezing it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Look {
+    /// When it began, by the node's clock: milliseconds since the epoch, UTC.
+    pub at_ms: i64,
+    /// The last save of the session that had ended by then; absent if there was none since the agent was started.
+    pub after: Option<JobId>,
+}
+
+/// What the pod of a session says about its autosaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum AutosaveWish {
+    /// There are none.
+    Off,
+    /// There is one after so much time, if something changed.
+    Every {
+        /// Minutes from the end of a save to the next one.
+        minutes: u32,
+        /// Number of the latest ones that are kept, if the pod says one.
+        keep: Option<u32>,
+    },
 }
 
 /// Forecast of the next save of a session.
@@ -103,6 +136,10 @@ pub struct NextSave {
     pub delta: bool,
     /// Bytes of content that it will read; absent if unknown.
     pub bytes: Option<u64>,
+    /// Number of entries that it will have: for a delta those that changed since the last save, with those that were
+    /// removed; absent if unknown.
+    #[serde(default)]
+    pub entries: Option<u64>,
     /// Duration of the last save of this session, in seconds; absent if there was none.
     pub last_seconds: Option<f64>,
 }

@@ -1,4 +1,4 @@
-//! LIST and DEL: the images of users, from the registry and from the record.
+//! LIST: the images of users, from the registry and from the record.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -14,19 +14,18 @@ use tokio::sync::Mutex;
 use utoipa::{IntoParams, ToSchema};
 
 use super::App;
-use super::api::{Deleted, ImageTag, ImageView, Images as Shown, Quota};
+use super::api::{ImageTag, ImageView, Images as Shown, Quota};
 use super::auth::Caller;
-use super::extract::{Path, QueryParams};
-use super::notes::{annotate, check_unpinned};
+use super::extract::QueryParams;
+use super::notes::annotate;
 use super::packages::{retain_with, saves_with};
 use super::paging::{LIMIT, Listed, cut, limit};
 use super::refusal::Refusal;
-use super::replace::seen;
 use super::target::Template;
 use super::time::rfc3339;
 use crate::common::digest::{Digest, DigestError};
 use crate::service::job::Category;
-use crate::service::record::{ImageKey, Save};
+use crate::service::record::Save;
 use crate::store::harbor::{Harbor, QuotaUsage, rights};
 use crate::store::images::{
     self, ImageEntry, ImageSelector, Images, LayoutImages, MAX_PAGE_SIZE, Query, Sort, all_images,
@@ -38,6 +37,8 @@ use crate::store::registry::{Access, Registries};
 const CLIENT_TTL: Duration = Duration::from_secs(600);
 /// Maximum age of a cached list, so that turning pages does not query the registry again.
 const LIST_TTL: Duration = Duration::from_secs(5);
+/// The part of a quota that autosaves leave to saves by hand: one of so many.
+const RESERVE: u64 = 10;
 const QUOTA_TTL: Duration = Duration::from_secs(15);
 /// Time limit of a quota query. A slower registry must not delay the acceptance of a save.
 const QUOTA_TIMEOUT: Duration = Duration::from_secs(3);
@@ -322,23 +323,36 @@ impl ImageStore {
         Ok((scope, room))
     }
 
-    /// Refuses a save that cannot fit, if the registry reports the quota in time.
-    pub(super) async fn check_quota(&self, user: &str) -> Result<(), Refusal> {
+    /// Refuses a save that cannot fit, if the registry reports the quota in time. An autosave leaves a tenth of the quota to
+    /// saves by hand.
+    pub(super) async fn check_quota(&self, user: &str, autosave: bool) -> Result<(), Refusal> {
         let asked = tokio::time::timeout(QUOTA_TIMEOUT, self.quota_usage(user)).await;
         let Ok(Ok((scope, Some(room)))) = asked else {
             return Ok(());
         };
-        let (Some(0), Some(limit)) = (room.free(), room.limit) else {
+        let (Some(free), Some(limit)) = (room.free(), room.limit) else {
+            return Ok(());
+        };
+        let Some(full) = fullness(free, limit, autosave) else {
             return Ok(());
         };
         Err(Refusal::new(
             axum::http::StatusCode::FORBIDDEN,
             "quota_exceeded",
             format!(
-                "{scope} is full: {} of {limit} bytes are used; delete images that are not needed any more",
+                "{scope} {full}: {} of {limit} bytes are used; delete images that are not needed any more",
                 room.used
             ),
         ))
+    }
+}
+
+/// Returns how a quota of `limit` bytes, of which `free` are left, is too full for a save, if it is.
+fn fullness(free: u64, limit: u64, autosave: bool) -> Option<&'static str> {
+    match free {
+        0 => Some("is full"),
+        _ if autosave && free < limit / RESERVE => Some("is almost full"),
+        _ => None,
     }
 }
 
@@ -563,95 +577,6 @@ pub(super) async fn check_no_save(app: &App, destination: &str) -> Result<(), Re
     }
 }
 
-/// DEL: deletes a tag, and the image if it has no other tag.
-#[utoipa::path(
-    delete, path = "/api/v1/images/{name}/tags/{tag}", tag = "images",
-    params(
-        ("name" = String, Path, description = "The image's name"),
-        ("tag" = String, Path, description = "The tag"),
-        UserQuery
-    ),
-    responses((status = 200, body = Deleted, description = "What was deleted, and what was kept"), Refusal)
-)]
-pub(super) async fn delete(
-    Extracted(app): Extracted<App>,
-    caller: Caller,
-    Path((name, tag)): Path<(String, String)>,
-    QueryParams(asked): QueryParams<UserQuery>,
-) -> Result<Json<Deleted>, Refusal> {
-    let user = owner(&caller, asked.user.as_deref())?;
-    let destination = app.options.target.fill(&user, &name, &tag)?;
-    check_no_save(&app, &destination).await?;
-    if let Some(digest) = seen(&app, &destination).await? {
-        check_unpinned(&app, &ImageKey::new(&user, &name, digest.to_string())).await?;
-    }
-    let which = ImageSelector::Tag(tag);
-    let removed = app.store.remove(&user, &name, &which).await;
-    app.store.forget(&user).await;
-    let removed = removed?;
-    let digest = removed.digest.to_string();
-    app.record
-        .removed(&user, &destination, &digest, &caller.name)
-        .await?;
-    if removed.image_deleted {
-        app.record
-            .drop_note(&ImageKey::new(&user, &name, digest))
-            .await?;
-    }
-    tracing::info!(
-        caller = caller.name, image = destination, digest = %removed.digest,
-        image.deleted = removed.image_deleted, "a tag is deleted"
-    );
-    app.metrics.deleted();
-    Ok(Json(deleted(removed)))
-}
-
-/// DEL of an image without a tag, by its digest: one that its tag has moved away from.
-#[utoipa::path(
-    delete, path = "/api/v1/images/{name}/digests/{digest}", tag = "images",
-    params(
-        ("name" = String, Path, description = "The image's name"),
-        ("digest" = String, Path, description = "Digest of the manifest, `sha256:` and 64 hexadecimal digits"),
-        UserQuery
-    ),
-    responses((status = 200, body = Deleted, description = "What was deleted, and what was kept"), Refusal)
-)]
-pub(super) async fn delete_untagged(
-    Extracted(app): Extracted<App>,
-    caller: Caller,
-    Path((name, digest)): Path<(String, String)>,
-    QueryParams(asked): QueryParams<UserQuery>,
-) -> Result<Json<Deleted>, Refusal> {
-    let user = owner(&caller, asked.user.as_deref())?;
-    let digest = parse_digest(&digest)?;
-    // The name is checked like that of a save.
-    app.options.target.fill(&user, &name, "latest")?;
-    let key = ImageKey::new(&user, &name, digest.to_string());
-    check_unpinned(&app, &key).await?;
-    let which = ImageSelector::Digest(digest);
-    let removed = app.store.remove(&user, &name, &which).await;
-    app.store.forget(&user).await;
-    let removed = removed?;
-    app.record.drop_note(&key).await?;
-    tracing::info!(
-        caller = caller.name, image.name = name, digest = %removed.digest, "an image without a tag is deleted"
-    );
-    app.metrics.deleted();
-    Ok(Json(deleted(removed)))
-}
-
-fn deleted(removed: images::Removed) -> Deleted {
-    Deleted {
-        tags: removed.tags,
-        digest: removed.digest.to_string(),
-        image_deleted: removed.image_deleted,
-        kept: removed.kept,
-        accessories: removed.accessories,
-        freed: removed.freed,
-        space: removed.space,
-    }
-}
-
 /// Returns the quota and the usage of the place for the caller's images.
 #[utoipa::path(
     get, path = "/api/v1/quota", tag = "images", params(UserQuery),
@@ -669,4 +594,23 @@ pub(super) async fn quota(
         hard: room.and_then(|room| room.limit),
         scope,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fullness;
+
+    #[test]
+    fn an_autosave_leaves_a_tenth_of_the_quota() {
+        for (free, by_hand, autosave) in [
+            (0, true, true),
+            (1, false, true),
+            (99, false, true),
+            (100, false, false),
+            (1000, false, false),
+        ] {
+            assert_eq!(fullness(free, 1000, false).is_some(), by_hand, "{free}");
+            assert_eq!(fullness(free, 1000, true).is_some(), autosave, "{free}");
+        }
+    }
 }

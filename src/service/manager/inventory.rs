@@ -8,18 +8,18 @@ use std::time::{Duration, Instant};
 
 use axum::extract::State as Extracted;
 use serde::Deserialize;
-use sha2::{Digest as _, Sha256};
 use tokio::sync::Mutex;
 use utoipa::IntoParams;
 
-use super::App;
 use super::access::Reach;
 use super::api::{NodeView, Nodes, SessionEndView, SessionView, Sessions, Which};
 use super::auth::Caller;
 use super::extract::QueryParams;
+use super::names::{session_name, suggested_name, suggested_tag};
 use super::paging::{Listed, MAX_LIMIT, PageQuery, cut, limit};
 use super::refusal::Refusal;
-use super::time::{rfc3339, stamp};
+use super::time::rfc3339;
+use super::{App, autosave};
 use crate::common::pod;
 use crate::service::job::{JobId, Node, Session, now_ms};
 use crate::service::queue::{self, HEARTBEAT_LOST, Queue};
@@ -33,12 +33,6 @@ const FIRST_SEEN_TTL: Duration = Duration::from_secs(24 * 3600);
 const MAX_FIRST_SEEN: usize = 100_000;
 /// Minimum length of an ID prefix. A shorter one could match another user's session tomorrow.
 const MIN_PREFIX: usize = 12;
-/// Maximum length of a suggested name.
-const MAX_SUGGESTION: usize = 60;
-
-/// Length of the end of a suggested tag.
-const UNIQUE_END: usize = 4;
-
 /// Cached sessions and nodes.
 #[derive(Default)]
 pub(super) struct Inventory {
@@ -199,46 +193,6 @@ pub(super) async fn sessions_to_save(app: &App) -> Result<Arc<Vec<Session>>, Ref
     }
     tracing::warn!(%error, "the queue does not answer: a save is accepted by the last list of sessions");
     Ok(Arc::new(kept))
-}
-
-/// Returns the display name of a session.
-pub(super) fn session_name(session: &Session) -> String {
-    match (&session.namespace, &session.pod, &session.container) {
-        (Some(namespace), Some(pod), Some(container)) => format!("{namespace}/{pod}/{container}"),
-        (Some(namespace), Some(pod), None) => format!("{namespace}/{pod}"),
-        (_, _, Some(container)) => container.clone(),
-        _ => session.id.chars().take(12).collect(),
-    }
-}
-
-/// Returns a name that is valid in a repository, derived from the session's own name.
-pub(super) fn suggested_name(session: &Session) -> String {
-    let own = session.pod.as_deref().or(session.container.as_deref());
-    let bare = own.unwrap_or("session");
-    let mut name = String::new();
-    for c in bare.chars().map(|c| c.to_ascii_lowercase()) {
-        if c.is_ascii_lowercase() || c.is_ascii_digit() {
-            name.push(c);
-        } else if !name.is_empty() && !name.ends_with('-') {
-            name.push('-');
-        }
-        if name.len() >= MAX_SUGGESTION {
-            break;
-        }
-    }
-    let name = name.trim_end_matches('-');
-    if name.is_empty() { "session" } else { name }.to_owned()
-}
-
-/// Returns a tag derived from the time, with a short end that tells sessions of the same name apart.
-pub(super) fn suggested_tag(session: &Session, now_ms: i64) -> String {
-    let end = hex::encode(Sha256::digest(&session.id));
-    format!("{}-{}", stamp(now_ms), &end[..UNIQUE_END])
-}
-
-/// Returns a tag like [`suggested_tag`], for a session that was saved within the same minute.
-pub(super) fn other_tag(now_ms: i64) -> String {
-    format!("{}-{:08x}", stamp(now_ms), rand::random::<u32>())
 }
 
 /// Returns the one session that `which` selects among those that `caller` may save.
@@ -411,11 +365,12 @@ pub(super) async fn sessions(
                 .ended
                 .is_none_or(|ended| session.ended.is_some() == ended)
     };
-    let all: Vec<&Session> = all.iter().filter(asked_for).collect();
+    let mut all: Vec<&Session> = all.iter().filter(asked_for).collect();
     let reach = Reach::of(&app, &caller, all.iter().copied()).await?;
+    all.retain(|session| reach.covers(&caller, session));
+    let mut autosaves = autosave::views(&app, &all).await?;
     let sessions = all
         .into_iter()
-        .filter(|session| reach.covers(&caller, session))
         .map(|session| SessionView {
             id: session.id.clone(),
             node: session.node.clone(),
@@ -443,6 +398,7 @@ pub(super) async fn sessions(
             suggested_name: suggested_name(session),
             suggested_tag: suggested_tag(session, now),
             save: open.get(&session.id).copied(),
+            autosave: autosaves.remove(&session.id),
         })
         .collect();
     let (sessions, next) = cut(sessions, asked.cursor.as_deref(), limit, |session| {
@@ -535,37 +491,6 @@ mod tests {
             groups: Vec::new(),
             email: None,
             subject: None,
-        }
-    }
-
-    #[test]
-    fn names_are_suggested_by_the_grammar() {
-        let long = "p".repeat(253);
-        for (pod, container, name) in [
-            (Some("Jupyter_alice--2"), Some("nb"), "jupyter-alice-2"),
-            (None, Some("quirky_hopper"), "quirky-hopper"),
-            (Some("---"), None, "session"),
-            (Some("한글"), None, "session"),
-            (None, None, "session"),
-            (Some(long.as_str()), None, &long[..MAX_SUGGESTION]),
-        ] {
-            let mut session = session("ab", None, Some("h:5000/x@sha256:abc"));
-            session.pod = pod.map(str::to_owned);
-            session.container = container.map(str::to_owned);
-            let name_of = suggested_name(&session);
-            assert_eq!(name_of, name);
-            assert!(crate::common::reference::check_repository(&name_of).is_ok());
-        }
-    }
-
-    #[test]
-    fn sessions_of_one_minute_get_different_tags() {
-        let tag = |id| suggested_tag(&session(id, None, None), 1_764_000_000_123);
-        let (one, two) = (tag("ab"), tag("cd"));
-        assert_ne!(one, two);
-        for tag in [one, two, other_tag(1_764_000_000_123)] {
-            assert!(tag.starts_with("20251124-1600-"), "{tag}");
-            assert!(crate::common::reference::check_tag(&tag).is_ok(), "{tag}");
         }
     }
 

@@ -4,11 +4,16 @@
 //! A manager keeps no state that another manager or its successor would need: an accepted request is in the record
 //! before it is answered, and everything else follows from the record.
 
+mod accept;
 mod access;
 pub mod api;
 pub mod auth;
+mod autosave;
+mod autosave_settings;
+mod cancel;
 mod conditional;
 mod cors;
+mod deletion;
 mod describe;
 mod docs;
 mod events;
@@ -20,6 +25,7 @@ mod inventory;
 mod kept;
 mod mail;
 mod metrics;
+mod names;
 mod notes;
 mod notify;
 mod oidc;
@@ -61,7 +67,7 @@ use crate::service::connections::{self, Bound};
 
 pub use self::cors::WebOrigin;
 pub use self::mail::{Encryption, Mail, MailError, SmtpServer};
-pub use self::options::Resources;
+pub use self::options::{AutosaveDefaults, Resources};
 pub use self::options::{Listen, Options, Rate, check_sender, check_start_url, check_webhook};
 pub use self::routes::description;
 pub use self::webhooks::{Secrets, Webhooks};
@@ -124,6 +130,7 @@ struct Inner {
     rates: extract::RateLimiter,
     inventory: inventory::Inventory,
     kept: kept::KeptSessions,
+    autosaves: autosave::Autosaves,
     store: images::ImageStore,
     hub: events::Hub,
     metrics: metrics::Metrics,
@@ -217,6 +224,7 @@ impl Server {
             rates: extract::RateLimiter::new(options.rate),
             inventory: inventory::Inventory::default(),
             kept: kept::KeptSessions::default(),
+            autosaves: autosave::Autosaves::default(),
             store: images::ImageStore::new(options.target.clone(), options.access.clone()),
             hub: events::Hub::default(),
             metrics: metrics::Metrics::new(&name),

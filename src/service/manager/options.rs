@@ -86,6 +86,28 @@ pub struct Resources {
     pub kubeconfig: Option<PathBuf>,
 }
 
+/// Autosaves, as the administrator sets them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AutosaveDefaults {
+    /// Time from the end of a save to the next one, if something changed; `None`: there are none unless a user or a pod
+    /// wants them.
+    pub every: Option<Duration>,
+    /// Number of the latest autosaves of a session that are kept, 1 to 100.
+    pub keep: u32,
+    /// The shortest such time; shorter ones are raised to it.
+    pub least: Duration,
+}
+
+impl Default for AutosaveDefaults {
+    fn default() -> Self {
+        Self {
+            every: None,
+            keep: 12,
+            least: Duration::from_secs(5 * 60),
+        }
+    }
+}
+
 /// Configuration of a manager.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -153,6 +175,8 @@ pub struct Options {
     pub connections: ConnectionLimits,
     /// Maximum number of saves that one user can request in 24 hours; 0 means no limit.
     pub saves_per_day: u32,
+    /// Autosaves of sessions of which neither their users nor their pods say anything, and bounds.
+    pub autosave: AutosaveDefaults,
     /// Interval at which the record is compared with the queue.
     pub reconcile_every: Duration,
     /// Interval at which changes by other managers are looked for while there are watchers.
@@ -208,6 +232,7 @@ impl Options {
             }),
             connections: ConnectionLimits::default(),
             saves_per_day: 1000,
+            autosave: AutosaveDefaults::default(),
             reconcile_every: Duration::from_secs(3),
             watch_every: Duration::from_secs(1),
             recheck_every: Duration::from_secs(60),

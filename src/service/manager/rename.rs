@@ -73,7 +73,7 @@ pub(super) async fn rename(
     let user = owner(&caller, asked.user.as_deref())?;
     let old = app.options.target.fill(&user, &name, &tag)?;
     let new = app.options.target.fill(&user, &name, &body.tag)?;
-    if is_reserved(&body.tag, &app.options.reserved_tags) || old == new {
+    if is_reserved(&body.tag, &app.options.reserved_tags, false) || old == new {
         let message = "this tag is reserved, or the one that the image has; take another one";
         return Err(Refusal::invalid("tag", message));
     }

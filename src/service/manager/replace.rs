@@ -7,7 +7,7 @@ use axum::http::StatusCode;
 
 use super::App;
 use super::api::Replace;
-use super::inventory::{other_tag, suggested_tag};
+use super::names::{other_tag, suggested_tag};
 use super::problem::ExistingImage;
 use super::refusal::Refusal;
 use super::target::is_reserved;
@@ -28,6 +28,8 @@ pub(super) struct Image<'a> {
     pub(super) session: &'a Session,
     pub(super) user: &'a str,
     pub(super) name: &'a str,
+    /// Whether it is an autosave, to which some tags are reserved.
+    pub(super) autosave: bool,
 }
 
 /// Returns the tag of a save, its destination, and the image that it may replace. A suggested tag that exists gets
@@ -43,7 +45,7 @@ pub(super) async fn choose_tag(
     let given = asked.is_some();
     let tag = asked.unwrap_or_else(|| suggested_tag(of.session, now_ms));
     let destination = fill(&tag)?;
-    if is_reserved(&tag, &app.options.reserved_tags) {
+    if is_reserved(&tag, &app.options.reserved_tags, of.autosave) {
         return Err(Refusal::invalid(
             "image.tag",
             "this tag is reserved; take another one",

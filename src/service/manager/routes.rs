@@ -22,8 +22,8 @@ use super::cors::Cors;
 use super::extract::RequestGuard;
 use super::refusal::{Refusal, addressed};
 use super::{
-    App, api, conditional, describe, docs, events, feed, hurry, images, inventory, notify, oidc,
-    packages, paging, rename, saves, sharing, signin, status,
+    App, api, autosave_settings, conditional, deletion, describe, docs, events, feed, hurry,
+    images, inventory, notify, oidc, packages, paging, rename, saves, sharing, signin, status,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -83,14 +83,23 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(saves::audit))
         .routes(routes!(packages::of_save))
         .routes(routes!(packages::of_session))
+        .routes(routes!(
+            autosave_settings::autosave,
+            autosave_settings::set_autosave,
+            autosave_settings::unset_autosave
+        ))
+        .routes(routes!(
+            autosave_settings::set_session_autosave,
+            autosave_settings::unset_session_autosave
+        ))
         .routes(routes!(saves::dead))
         .routes(routes!(notify::notify))
         .routes(routes!(notify::set_email))
         .routes(routes!(images::images))
-        .routes(routes!(images::delete, rename::rename))
+        .routes(routes!(deletion::delete, rename::rename))
         .routes(routes!(
             sharing::image,
-            images::delete_untagged,
+            deletion::delete_untagged,
             sharing::change
         ))
         .routes(routes!(images::quota))

@@ -7,6 +7,7 @@ use axum::extract::State as Extracted;
 use axum::http::{HeaderMap, StatusCode, header};
 
 use super::App;
+use super::accept::check_message;
 use super::api::{ImageChange, ImageView, Images};
 use super::auth::{Caller, is_group};
 use super::conditional::{check_unchanged, has_changed};
@@ -15,7 +16,6 @@ use super::images::{UserQuery, list_views, owner, parse_digest};
 use super::notes::annotate;
 use super::paging::{Listed, MAX_LIMIT, PageQuery, cut, limit};
 use super::refusal::Refusal;
-use super::saves::check_message;
 use super::target::component;
 use crate::service::record::{ImageKey, NoteChange};
 

@@ -363,11 +363,15 @@ pub fn user_of(component_text: &str) -> Option<String> {
     (component(&user).ok()? == component_text).then_some(user)
 }
 
-/// Returns whether `tag` is one of `reserved`, or one that registries use themselves (referrers tags of
-/// distribution-spec 1.1).
-pub(crate) fn is_reserved(tag: &str, reserved: &[String]) -> bool {
+/// Beginning of the tags of autosaves.
+pub(crate) const AUTOSAVE_TAG: &str = "auto-";
+
+/// Returns whether `tag` is one of `reserved`, one that registries use themselves (referrers tags of distribution-spec 1.1),
+/// or one for autosaves and not for an autosave.
+pub(crate) fn is_reserved(tag: &str, reserved: &[String], autosave: bool) -> bool {
     tag.starts_with("sha256-")
         || tag.starts_with("sha512-")
+        || (tag.starts_with(AUTOSAVE_TAG) && !autosave)
         || reserved
             .iter()
             .any(|pattern| match pattern.strip_suffix('*') {
@@ -520,8 +524,11 @@ mod tests {
             ("base-1", true),
             ("sha256-abc", true),
             ("v1", false),
+            ("auto-20261124-2015-ab12", true),
+            ("automatic", false),
         ] {
-            assert_eq!(is_reserved(tag, &own), reserved, "{tag}");
+            assert_eq!(is_reserved(tag, &own, false), reserved, "{tag}");
         }
+        assert!(!is_reserved("auto-20261124-2015-ab12", &own, true));
     }
 }

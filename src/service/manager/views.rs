@@ -52,6 +52,7 @@ pub(super) fn shown(save: &Save, standing: &Standing) -> Shown {
         since: save.since_ms.map(rfc3339),
         place: standing.place.filter(|_| save.state == State::Queued),
         waiting: waiting(save, standing).filter(|_| open),
+        made_by: save.made_by(),
         attempt: save.attempt,
         progress: save.progress.map(|progress| Progress {
             bytes_done: progress.bytes_done,

@@ -4,7 +4,8 @@
 //! The record is authoritative and the queue only delivers: it may lose all its data, in which case the managers offer
 //! the unfinished jobs again. Delivery is at least once; the fence of a claim makes the effect happen once. A job waits
 //! in the list of its user on its node until it is admitted, so that a user with fifty jobs does not delay a user with
-//! one.
+//! one. Autosaves are a class of their own, in which users take turns, too: one is admitted only while no other order waits
+//! on its node.
 
 mod local;
 mod redis;
@@ -84,6 +85,24 @@ pub struct Limits {
     pub node: u32,
     /// Saves into one registry (the host of the destination), from all nodes.
     pub registry: u32,
+}
+
+impl Limits {
+    /// Returns the limits for an order: autosaves leave one place of each limit above 1 to other saves.
+    fn of(self, order: &Order) -> Self {
+        let left = |limit: u32| {
+            if order.autosave && limit > 1 {
+                limit - 1
+            } else {
+                limit
+            }
+        };
+        Self {
+            user: left(self.user),
+            node: left(self.node),
+            registry: left(self.registry),
+        }
+    }
 }
 
 /// An order that an agent holds.
@@ -225,6 +244,9 @@ fn truncated_session(session: &Session) -> Cow<'_, Session> {
         upper_entries: session.upper_entries,
         next: session.next.clone(),
         packages: session.packages.clone().map(|list| list.limited(0, 0)),
+        look: session.look,
+        autosave: session.autosave,
+        auxiliary: session.auxiliary,
     })
 }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use sqlx::{AnyConnection, Row as _};
 
-use super::{Error, Record, Save, id_of, view};
+use super::{Error, Record, Save, id_of, places, view};
 use crate::service::job::{JobId, now_ms};
 
 /// Maximum number of IDs or destinations per query.
@@ -110,12 +110,6 @@ async fn note(connection: &mut AnyConnection, key: &ImageKey) -> Result<Note, Er
         }
     }
     Ok(found)
-}
-
-/// Returns `$from, …` with `count` placeholders.
-fn places(from: usize, count: usize) -> String {
-    let all: Vec<_> = (from..from + count).map(|n| format!("${n}")).collect();
-    all.join(", ")
 }
 
 impl Record {

@@ -5,6 +5,7 @@
 //! resulting requests to the queue. A change is written only over the version that it is based on.
 
 mod audit;
+mod autosave;
 mod change;
 mod images;
 mod mail;
@@ -30,6 +31,7 @@ use sqlx::{Any, AnyPool, Executor as _, Transaction};
 
 use crate::service::job::{JobId, State};
 
+pub use self::autosave::{LastSave, StoredAutosave};
 pub use self::images::{Fate, ImageKey, Note, NoteChange};
 pub use self::mail::{MAILS_PER_DAY, MailSetting};
 pub use self::notice::{Audience, Notice};
@@ -37,7 +39,11 @@ pub(crate) use self::outbox::OutboxEntry;
 pub(crate) use self::reach::Change;
 use self::reach::Location;
 pub use self::receiver::{Language, Receiver, ReceiverKind, SaveEvent};
-pub use self::save::{Draft, Failure, Held, OutboxAction, Policy, Progress, Save, SaveWarning};
+pub(crate) use self::save::{AUTOSAVE, ENDED};
+pub use self::save::{
+    AutosaveSetting, Draft, Failure, Held, MadeBy, OutboxAction, Policy, Progress, Save,
+    SaveWarning,
+};
 pub use self::signin::SignIn;
 pub use self::submit::{Request, Submitted, UserLimits};
 pub use self::view::{Filter, OpenSave, OpenSaveState, SaveVersion};
@@ -273,6 +279,12 @@ fn make_private(path: &Path) -> std::io::Result<()> {
     let mut options = std::fs::OpenOptions::new();
     let options = options.write(true).create(true).truncate(false).mode(0o600);
     crate::common::regular_file::open_with(path, options, rustix::fs::OFlags::empty()).map(drop)
+}
+
+/// Returns `$from, …` with `count` placeholders.
+fn places(from: usize, count: usize) -> String {
+    let all: Vec<_> = (from..from + count).map(|n| format!("${n}")).collect();
+    all.join(", ")
 }
 
 /// Parses the JSON of a row. Fails with the ID of the save that the row belongs to.

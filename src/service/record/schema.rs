@@ -5,8 +5,9 @@ use sqlx::{AnyPool, Row as _};
 use super::Error;
 
 /// The statements that migrate the schema from one version to the next. Released entries must never be changed.
-const VERSIONS: [&[&str]; 10] = [
+const VERSIONS: [&[&str]; 11] = [
     FIRST, SIGN_INS, IMAGES, NOTICES, SESSIONS, PROVIDER, PACKAGES, MAIL, CALLERS, DECLINED,
+    AUTOSAVES,
 ];
 
 const FIRST: &[&str] = &[
@@ -232,6 +233,22 @@ const DECLINED: &[&str] = &[
         digest TEXT NOT NULL,
         PRIMARY KEY (grantee, user_name, name, digest)
     )",
+];
+
+const AUTOSAVES: &[&str] = &[
+    // What users want about autosaves: of sessions with a name, and with an empty name of all. 0 minutes: none; keep 0: as the
+    // administrator says.
+    "CREATE TABLE autosave_settings (
+        user_name TEXT NOT NULL,
+        session_name TEXT NOT NULL,
+        every_minutes INT8 NOT NULL,
+        keep INT8 NOT NULL,
+        changed_ms INT8 NOT NULL,
+        PRIMARY KEY (user_name, session_name)
+    )",
+    // Of an autosave, the number of the latest ones of its session that are kept.
+    "ALTER TABLE saves ADD COLUMN keep INT8 NOT NULL DEFAULT 0",
+    "CREATE INDEX saves_by_session ON saves (session, changed_ms)",
 ];
 
 /// Takes an advisory lock for the migration. The number is arbitrary.

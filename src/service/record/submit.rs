@@ -3,7 +3,7 @@
 
 use sqlx::{Any, Row as _, Transaction};
 
-use super::save::Step;
+use super::save::{AUTOSAVE, Step};
 use super::{Error, OutboxAction, Record, Save, id_of, view, written};
 use crate::service::job::{JobId, now_ms};
 
@@ -40,7 +40,7 @@ pub enum Submitted {
     TooManyToday(u64),
 }
 
-/// Limits on the saves of a user; 0 means no limit.
+/// Limits on the saves of a user, without autosaves; 0 means no limit.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct UserLimits {
     /// Saves that are open at the same time.
@@ -144,18 +144,22 @@ impl Record {
         }
         if most.open > 0 {
             let row = sqlx::query(
-                "SELECT count(*) AS n FROM saves WHERE user_name = $1 AND state IN ('queued', 'assigned', 'running')",
+                "SELECT count(*) AS n FROM saves WHERE user_name = $1 AND caller <> $2
+                 AND state IN ('queued', 'assigned', 'running')",
             )
             .bind(&save.user)
+            .bind(AUTOSAVE)
             .fetch_one(&mut *work)
             .await?;
             let open = row.try_get::<i64, _>("n")? as u64;
             if open >= u64::from(most.open) {
                 // If the session itself is being saved, that is the more helpful answer.
                 let busy = sqlx::query(
-                    "SELECT id FROM saves WHERE session = $1 AND state IN ('queued', 'assigned', 'running')",
+                    "SELECT id FROM saves WHERE session = $1 AND caller <> $2
+                     AND state IN ('queued', 'assigned', 'running')",
                 )
                 .bind(&save.session)
+                .bind(AUTOSAVE)
                 .fetch_optional(&mut *work)
                 .await?;
                 return Ok(Some(match busy {
@@ -165,12 +169,14 @@ impl Record {
             }
         }
         if most.day > 0 {
-            let row =
-                sqlx::query("SELECT count(*) AS n FROM saves WHERE user_name = $1 AND id > $2")
-                    .bind(&save.user)
-                    .bind(JobId::earliest(now - DAY_MS).to_string())
-                    .fetch_one(&mut *work)
-                    .await?;
+            let row = sqlx::query(
+                "SELECT count(*) AS n FROM saves WHERE user_name = $1 AND id > $2 AND caller <> $3",
+            )
+            .bind(&save.user)
+            .bind(JobId::earliest(now - DAY_MS).to_string())
+            .bind(AUTOSAVE)
+            .fetch_one(&mut *work)
+            .await?;
             let asked = row.try_get::<i64, _>("n")? as u64;
             if asked >= u64::from(most.day) {
                 return Ok(Some(Submitted::TooManyToday(asked)));
@@ -179,8 +185,8 @@ impl Record {
         let body = written(save.id, save)?;
         let done = sqlx::query(
             "INSERT INTO saves (id, session, user_name, destination, node, state, version, cancelling, queued_ms,
-                changed_ms, body, caller, progress_fence, progress_seq)
-             VALUES ($1, $2, $3, $4, $5, $6, $7, 0, $8, $8, $9, $10, 0, -1) ON CONFLICT DO NOTHING",
+                changed_ms, body, caller, keep, progress_fence, progress_seq)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, 0, $8, $8, $9, $10, $11, 0, -1) ON CONFLICT DO NOTHING",
         )
         .bind(&id)
         .bind(&save.session)
@@ -192,6 +198,7 @@ impl Record {
         .bind(now)
         .bind(&body)
         .bind(&save.caller)
+        .bind(i64::from(save.keep.unwrap_or(0)))
         .execute(&mut *work)
         .await?;
         if done.rows_affected() == 0 {

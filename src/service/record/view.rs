@@ -5,12 +5,18 @@ use std::time::Duration;
 
 use sqlx::{Any, Row as _, Transaction};
 
+use super::autosave::TAG_LOST;
+use super::save::AUTOSAVE;
 use super::{Error, Progress, Record, Save, id_of, read, state_of};
 use crate::service::job::{JobId, State, now_ms};
 
 /// How long every version of a save is kept after its end. A watcher that was away for longer gets only the last
 /// version.
 const CHANGES_FOR: Duration = Duration::from_secs(3600);
+/// How long an autosave is kept that failed or was cancelled, or after its image was deleted.
+const AUTOSAVES_FOR: Duration = Duration::from_secs(7 * 24 * 3600);
+/// The saves that have ended, as a condition.
+const DONE: &str = "state IN ('succeeded', 'failed', 'cancelled')";
 /// How long an idempotency key is kept.
 const KEYS_FOR: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Numbers of IDs per query. Shorter lists are padded, so that there are few different statements.
@@ -305,14 +311,16 @@ impl Record {
             .collect()
     }
 
-    /// Deletes old data: versions of saves that ended over an hour ago, idempotency keys, expired sign-ins, and with
-    /// `retention` also saves that ended longer ago. Returns the number of deleted saves.
+    /// Deletes old data: versions of saves that ended over an hour ago, idempotency keys, expired sign-ins, autosaves that
+    /// failed or whose images were deleted a week ago, and with `retention` also saves that ended longer ago. An autosave
+    /// whose image has its tag stays: without it, the image would never be deleted. Returns the number of deleted saves.
     pub async fn forget(&self, retention: Option<Duration>) -> Result<u64, Error> {
-        const DONE: &str = "SELECT id FROM saves WHERE state IN ('succeeded', 'failed', 'cancelled') AND changed_ms < $1";
         let before =
             |age: Duration| now_ms() - i64::try_from(age.as_millis()).unwrap_or(i64::MAX / 2);
         for table in ["changes", "reports"] {
-            let text = format!("DELETE FROM {table} WHERE save IN ({DONE})");
+            let text = format!(
+                "DELETE FROM {table} WHERE save IN (SELECT id FROM saves WHERE {DONE} AND changed_ms < $1)"
+            );
             sqlx::query(&text)
                 .bind(before(CHANGES_FOR))
                 .execute(&self.pool)
@@ -327,9 +335,31 @@ impl Record {
             .execute(&self.pool)
             .await?;
         self.forget_mail_counts().await?;
-        let Some(retention) = retention else {
-            return Ok(0);
-        };
+        let useless = format!(
+            "caller = '{AUTOSAVE}' AND changed_ms < $1 AND (state IN ('failed', 'cancelled') OR (state = 'succeeded'
+             AND EXISTS (SELECT 1 FROM removed WHERE removed.destination = saves.destination
+             AND removed.at_ms >= saves.changed_ms AND removed.at_ms < $1)))"
+        );
+        let mut gone = self.delete_saves(&useless, before(AUTOSAVES_FOR)).await?;
+        sqlx::query(
+            "DELETE FROM removed WHERE by_name = $1 AND at_ms < $2
+             AND NOT EXISTS (SELECT 1 FROM saves WHERE saves.destination = removed.destination)",
+        )
+        .bind(AUTOSAVE)
+        .bind(before(AUTOSAVES_FOR))
+        .execute(&self.pool)
+        .await?;
+        if let Some(retention) = retention {
+            let old = format!(
+                "{DONE} AND changed_ms < $1 AND NOT (caller = '{AUTOSAVE}' AND state = 'succeeded' AND NOT {TAG_LOST})"
+            );
+            gone += self.delete_saves(&old, before(retention)).await?;
+        }
+        Ok(gone)
+    }
+
+    /// Deletes the saves that satisfy a condition, in which `$1` is `before_ms`, with all that belongs to them.
+    async fn delete_saves(&self, condition: &str, before_ms: i64) -> Result<u64, Error> {
         let mut work = self.begin().await?;
         let tables = [
             "changes",
@@ -342,18 +372,18 @@ impl Record {
             "idempotency",
         ];
         for table in tables {
-            let text = format!("DELETE FROM {table} WHERE save IN ({DONE})");
+            let text = format!(
+                "DELETE FROM {table} WHERE save IN (SELECT id FROM saves WHERE {condition})"
+            );
             sqlx::query(&text)
-                .bind(before(retention))
+                .bind(before_ms)
                 .execute(&mut *work)
                 .await?;
         }
-        let done = sqlx::query(
-            "DELETE FROM saves WHERE state IN ('succeeded', 'failed', 'cancelled') AND changed_ms < $1",
-        )
-        .bind(before(retention))
-        .execute(&mut *work)
-        .await?;
+        let done = sqlx::query(&format!("DELETE FROM saves WHERE {condition}"))
+            .bind(before_ms)
+            .execute(&mut *work)
+            .await?;
         work.commit().await?;
         Ok(done.rows_affected())
     }

@@ -9,7 +9,7 @@
 use clap::{Args, Subcommand};
 
 use crate::cli::args::shared::{CONTENT, Format, METADATA, REPORT, Server};
-use crate::cli::args::value::key_value;
+use crate::cli::args::value::{duration, key_value};
 use crate::cli::progress::Mode;
 use crate::save::Compression;
 use crate::service::job;
@@ -61,7 +61,27 @@ pub(in crate::cli) enum Job {
         after_long_help = "Examples:\n  upperdeck job ls\n  upperdeck job ls --state failed --format json | jq -r '.saves[].error.code'\n\nJSON: an object as GET /api/v1/saves has it."
     )]
     Ls(JobLs),
+    /// Show or set when sessions are saved without being asked for
+    #[command(after_long_help = JOB_AUTOSAVE_HELP)]
+    Autosave(JobAutosave),
 }
+
+const JOB_AUTOSAVE_HELP: &str = "\
+Examples:
+  upperdeck job autosave
+      What applies to your sessions.
+  upperdeck job autosave --every 30m
+      For all of them.
+  upperdeck job autosave jupyter/notebook-0 --every 1h --keep 24
+      For this session, and later ones with the same name.
+  upperdeck job autosave jupyter/notebook-0 --off
+  upperdeck job autosave jupyter/notebook-0 --default
+      As its pod, you for all sessions, or the administrator say.
+
+A session is saved so long after the end of its last save, if something changed, behind all other saves of its node.
+
+JSON: without a session an object as GET /api/v1/autosave has it; with one an object with the session's autosave, as
+GET /api/v1/sessions has it.";
 
 const JOB_SUBMIT_HELP: &str = "\
 Examples:
@@ -167,6 +187,29 @@ pub(in crate::cli) struct JobCancel {
 }
 
 #[derive(Debug, Args)]
+pub(in crate::cli) struct JobAutosave {
+    /// ID of a session, a unique prefix of it or its name, as in "job sessions" [default: all of your sessions]
+    pub(in crate::cli) session: Option<String>,
+    /// Time from the end of a save to the next one, in minutes, hours or days, at most 7d
+    #[arg(long, value_name = "DURATION", value_parser = minutes)]
+    pub(in crate::cli) every: Option<u32>,
+    /// Number of the latest autosaves of a session that are kept, 1 to 100 [default: as the administrator set]
+    #[arg(long, value_name = "N", requires = "every", value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub(in crate::cli) keep: Option<u32>,
+    /// Make none
+    #[arg(long, conflicts_with = "every")]
+    pub(in crate::cli) off: bool,
+    /// Remove what you set
+    #[arg(long, conflicts_with_all = ["every", "off"])]
+    pub(in crate::cli) default: bool,
+    /// Output format
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(in crate::cli) format: Format,
+    #[command(flatten)]
+    pub(in crate::cli) server: Server,
+}
+
+#[derive(Debug, Args)]
 pub(in crate::cli) struct JobLs {
     /// Only saves in this state
     #[arg(long, value_name = "STATE", value_parser = state)]
@@ -185,6 +228,15 @@ pub(in crate::cli) struct JobLs {
     pub(in crate::cli) format: Format,
     #[command(flatten)]
     pub(in crate::cli) server: Server,
+}
+
+fn minutes(text: &str) -> Result<u32, String> {
+    const WEEK: u64 = 7 * 24 * 60;
+    let minutes = duration(text)?.as_secs() / 60;
+    let bounded = u32::try_from(minutes).ok();
+    bounded
+        .filter(|minutes| (1..=WEEK).contains(&u64::from(*minutes)))
+        .ok_or_else(|| "expected 1m to 7d".to_owned())
 }
 
 pub(super) fn state(text: &str) -> Result<job::State, String> {

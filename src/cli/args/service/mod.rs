@@ -20,7 +20,7 @@ use clap::{Args, Subcommand, ValueEnum, ValueHint};
 
 pub(in crate::cli) use callers::{Callers, KubernetesPermission};
 pub(in crate::cli) use doctor::Doctor;
-pub(in crate::cli) use job::{Job, JobSubmit};
+pub(in crate::cli) use job::{Job, JobAutosave, JobSubmit};
 pub(in crate::cli) use kubectl::{Cluster, Kubectl, KubectlSave, KubectlVerb};
 pub(in crate::cli) use mail::Mail;
 
@@ -35,6 +35,7 @@ const NOTICES: &str = "Webhooks";
 const MAIL: &str = "E-mail";
 const CALLERS: &str = "Who may call";
 const WORK: &str = "Node";
+const AUTOSAVES: &str = "Autosaves";
 const SETTINGS: &str = "Settings";
 
 /// The verbs that the service consists of, and those that talk to it.
@@ -149,6 +150,18 @@ pub(in crate::cli) struct Serve {
     /// Time for which finished saves stay in the history, e.g. 90d; 0 for ever
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "365d", help_heading = SERVE)]
     pub(in crate::cli) retention: Duration,
+
+    /// Time from the end of a save to the next one, e.g. 30m: running sessions are then saved if something changed. A user, or
+    /// the annotation or label upperdeck.io/autosave of a pod, can say otherwise; 0: only those who say so are saved
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "0", help_heading = AUTOSAVES)]
+    pub(in crate::cli) autosave: Duration,
+    /// Number of the latest autosaves of a session that are kept; of earlier ones, one per hour for a day and one per day
+    /// for 30 days
+    #[arg(long, value_name = "N", default_value_t = 12, value_parser = clap::value_parser!(u32).range(1..=100), help_heading = AUTOSAVES)]
+    pub(in crate::cli) autosave_keep: u32,
+    /// Minimum of that time, to which shorter ones are raised
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "5m", help_heading = AUTOSAVES)]
+    pub(in crate::cli) autosave_min: Duration,
 
     /// Origin whose pages may call the API with a token (CORS), e.g. https://portal.example.org; may be repeated
     #[arg(long, value_name = "ORIGIN", help_heading = SERVE)]

@@ -1,6 +1,7 @@
 //! The JSON types of the REST API. Times are RFC 3339 in UTC, sizes are in bytes, and IDs are UUIDs of version 7. The
 //! portal, the `job` commands and the OpenAPI document use these types and no others.
 
+mod autosave;
 mod images;
 mod notify;
 mod signin;
@@ -11,6 +12,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+pub use self::autosave::*;
 pub use self::images::*;
 pub use self::notify::*;
 pub use self::signin::*;
@@ -19,6 +21,7 @@ use crate::common::digest::Digest;
 use crate::service::job::{
     Category, Code, JobId, Kind, Load, NextSave, Phase, SaveOptions, Saved, State, Unsaved,
 };
+use crate::service::record::MadeBy;
 
 /// `GET /api/v1/sessions`: the sessions that the caller may save.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -78,6 +81,9 @@ pub struct SessionView {
     pub suggested_tag: String,
     /// The open save of this session.
     pub save: Option<JobId>,
+    /// Its autosaves; absent if there are none.
+    #[serde(default)]
+    pub autosave: Option<SessionAutosave>,
 }
 
 /// How a session ended.
@@ -241,6 +247,9 @@ pub struct Save {
     pub target: String,
     /// Description by the user.
     pub message: Option<String>,
+    /// Who or what asked for it.
+    #[serde(default)]
+    pub made_by: MadeBy,
     /// State of the job.
     pub state: State,
     /// Current phase while it runs.

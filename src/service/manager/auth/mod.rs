@@ -111,6 +111,21 @@ pub(crate) struct Caller {
     pub(crate) subject: Option<Arc<Subject>>,
 }
 
+impl Caller {
+    /// Returns the service itself as a caller that acts for the owner of a session.
+    pub(crate) fn of_service(name: &str, user: Option<String>) -> Self {
+        Self {
+            name: name.to_owned(),
+            user,
+            administrator: false,
+            via: Via::Token,
+            groups: Vec::new(),
+            email: None,
+            subject: None,
+        }
+    }
+}
+
 /// How a caller was authenticated.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, utoipa::ToSchema,

@@ -17,12 +17,13 @@ use kube::{Client, ResourceExt as _};
 
 use self::followed::{Followed, MOST, has_lived, is_being_deleted, is_requested};
 use super::App;
+use super::accept::accept;
 use super::access::Reach;
 use super::api::{ImageName, Replace, SaveRequest, Which};
 use super::auth::{Caller, Via};
+use super::cancel;
 use super::options::Resources;
 use super::refusal::Refusal;
-use super::saves;
 use super::time::rfc3339;
 use crate::service::job::{JobId, SaveOptions, State, now_ms};
 use crate::service::kubernetes::crd::{Condition, Phase, Save, SaveStatus};
@@ -296,7 +297,7 @@ async fn status(app: &App, save: &Save, before: SaveStatus) -> Result<SaveStatus
             if let Ok(key) = HeaderValue::from_str(&uid) {
                 headers.insert("idempotency-key", key);
             }
-            match saves::accept(app, &caller(save), Some(&reach), &headers, request(save)).await {
+            match accept(app, &caller(save), Some(&reach), &headers, request(save)).await {
                 Ok(found) => found,
                 Err(refusal) => return Ok(refused(save, before, &refusal)),
             }
@@ -430,7 +431,7 @@ async fn cancel_save(app: &App, save: record::Save) {
         return;
     }
     let (id, caller) = (save.id, save.caller.clone());
-    if let Err(refusal) = saves::cancel_save(app, &caller, save).await {
+    if let Err(refusal) = cancel::cancel_save(app, &caller, save).await {
         tracing::debug!(job = %id, problem = refusal.problem().code, "the save of a deleted resource is not cancelled");
     }
 }

@@ -12,12 +12,12 @@ use axum::http::HeaderMap;
 use super::TaskError;
 use crate::service::job::{SaveOptions, Session, now_ms};
 use crate::service::manager::App;
+use crate::service::manager::accept::{Asked, accept_of};
 use crate::service::manager::api::{ImageName, Replace, SaveRequest, Which};
-use crate::service::manager::auth::{Caller, Via};
-use crate::service::manager::inventory::suggested_tag;
+use crate::service::manager::auth::Caller;
+use crate::service::manager::names::suggested_tag;
 use crate::service::manager::refusal::Refusal;
-use crate::service::manager::saves::accept_of;
-use crate::service::record::Request;
+use crate::service::record::{ENDED, Request};
 
 /// Interval at which the nodes' heartbeats are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -25,8 +25,6 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const RETRY: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(300));
 /// Maximum age of an end. The record keeps the keys of requests for a day longer.
 const MAX_AGE: Duration = Duration::from_secs(6 * 24 * 3600);
-/// The caller of these saves in the record and the audit log.
-const CALLER: &str = "upperdeck:ended";
 
 /// What was done about the sessions that a node wants to be saved.
 struct Handled {
@@ -120,29 +118,24 @@ async fn save(app: &App, session: &Session) -> bool {
 
 async fn submit(app: &App, session: &Session) -> Result<(), Refusal> {
     let request = Request {
-        caller: CALLER.to_owned(),
+        caller: ENDED.to_owned(),
         key: format!("{}:{}", session.id, session.started_ms),
         hash: String::new(),
     };
     if app.record.repeated(&request).await?.is_some() {
         return Ok(());
     }
-    let caller = Caller {
-        name: CALLER.to_owned(),
-        user: session.owner.clone(),
-        administrator: false,
-        via: Via::Token,
-        groups: Vec::new(),
-        email: None,
-        subject: None,
-    };
+    let caller = Caller::of_service(ENDED, session.owner.clone());
     let tag = tag(session);
     // An image may have this tag by chance, or from before the record was lost.
     let other = format!("{tag}-{:08x}", rand::random::<u32>());
     let ask = async |tag| {
-        let body = body(session, tag);
-        let request = Some(request.clone());
-        accept_of(app, &caller, session, request, &HeaderMap::new(), body).await
+        let asked = Asked {
+            request: Some(request.clone()),
+            body: body(session, tag),
+            keep: None,
+        };
+        accept_of(app, &caller, session, &HeaderMap::new(), asked).await
     };
     match ask(tag).await {
         Err(refusal) if refusal.problem().code == "tag_exists" => ask(other).await?,

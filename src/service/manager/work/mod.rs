@@ -1,13 +1,17 @@
 //! The background work of a manager: applies reports of agents (`reports`), answers their questions (`questions`), executes
-//! requests to the queue (`outbox`), asks for saves of sessions that have ended (`ended`), compares the record with the queue (`reconcile`), and deletes old data. Several
-//! managers do this at the same time, because every change is written only over the version that it is based on.
+//! requests to the queue (`outbox`), asks for saves of sessions that have ended (`ended`) and for autosaves (`autosave`), deletes images of autosaves that are
+//! not needed any more (`thin`, as `thinning` decides), compares the record with the queue (`reconcile`), and deletes old
+//! data. Several managers do this at the same time, because every change is written only over the version that it is based on.
 
+mod autosave;
 mod ended;
 mod notices;
 mod outbox;
 mod questions;
 mod reconcile;
 mod reports;
+mod thin;
+mod thinning;
 
 use std::future::Future;
 use std::time::Duration;
@@ -49,6 +53,8 @@ pub(super) async fn run(app: App) {
         watch_record(&app),
         questions::answer(&app),
         ended::save_ended(&app),
+        autosave::save_due(&app),
+        thin::thin_images(&app),
         run_periodically(&app, "forget", FORGET_EVERY, false, || delete_old_saves(
             &app
         )),

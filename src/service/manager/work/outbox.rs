@@ -8,7 +8,7 @@ use super::{ERROR_DELAY, TaskError};
 use crate::service::job::{JobId, Order, State, now_ms};
 use crate::service::manager::App;
 use crate::service::queue::{Offered, Withdrawn};
-use crate::service::record::{OutboxAction, OutboxEntry, Save};
+use crate::service::record::{MadeBy, OutboxAction, OutboxEntry, Save};
 
 const BATCH: u32 = 200;
 const CONCURRENCY: usize = 16;
@@ -25,6 +25,7 @@ fn order(app: &App, save: &Save) -> Order {
         message: save.message.clone(),
         options: save.options.clone(),
         replaces: save.replaces.clone(),
+        autosave: save.made_by() == MadeBy::Autosave,
         attempt: save.attempt,
         fence_after: save.fence,
         issued_ms: now_ms,

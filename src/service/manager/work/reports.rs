@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::ERROR_DELAY;
 use crate::service::job::{Event, JobId, Report, State, Update};
 use crate::service::manager::App;
-use crate::service::record::{self, Policy, Progress, Save};
+use crate::service::record::{self, MadeBy, Policy, Progress, Save};
 
 /// Maximum number of reports per transaction.
 const REPORTS: usize = 200;
@@ -192,6 +192,9 @@ async fn on_save_changed(app: &App, save: &Save) {
     if save.state.is_final() {
         app.metrics.ended(save);
         app.store.forget(&save.user).await;
+        if save.state == State::Succeeded && save.made_by() == MadeBy::Autosave {
+            app.autosaves.made(&save.user);
+        }
     } else if save.state == State::Queued {
         app.metrics.retried();
         app.outbox_wake.notify_one();

@@ -1,9 +1,10 @@
 //! The queue inside one process, for `upperdeck up` without Redis. It loses its data when the process ends; the record
 //! does not.
 
+mod state;
 mod turns;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -12,10 +13,10 @@ use tokio::time::Instant;
 
 use super::{
     Claim, ClaimState, DAY, Delivered, Depth, Error, HEARTBEAT_LOST, Limits, Offered, Place,
-    Settings, TAG_DOUBT, Withdrawn, registry_of, truncated_session,
+    Settings, TAG_DOUBT, Withdrawn, truncated_session,
 };
 use crate::service::job::{Answer, JobId, Node, Order, Question, Report, Session, now_ms};
-use turns::NodeQueue;
+use state::{Job, JobState, NodeRecord, State};
 
 /// A queue in this process. Clones refer to the same queue.
 #[derive(Clone)]
@@ -28,55 +29,6 @@ struct Shared {
     begun_ms: i64,
     state: Mutex<State>,
     changed: Notify,
-}
-
-#[derive(Default)]
-struct State {
-    jobs: HashMap<JobId, Job>,
-    nodes: HashMap<String, NodeQueue>,
-    reports: VecDeque<PendingReport>,
-    heard: BTreeMap<String, NodeRecord>,
-    questions: VecDeque<Question>,
-    /// Answers by the nonces of the pending questions.
-    answers: HashMap<String, Option<Answer>>,
-    /// The last number used for a fence or for the identifier of a report. Numbers are never reused.
-    last: u64,
-}
-
-/// A job that the queue knows.
-struct Job {
-    order: Order,
-    at: JobState,
-    /// Whether the agent that has it, or will have it, is told to hurry.
-    hurry: bool,
-}
-
-enum JobState {
-    /// In its user's list, or not due yet.
-    Waiting,
-    Held {
-        agent: String,
-        fence: u64,
-        until: Instant,
-        cancelled: bool,
-        confirmed: bool,
-    },
-    /// The final report has not been acknowledged yet.
-    Ended { fence: u64, report: String },
-}
-
-struct PendingReport {
-    entry: String,
-    report: Report,
-    last: bool,
-    /// Time at which it was delivered to a manager.
-    given: Option<Instant>,
-}
-
-struct NodeRecord {
-    node: Node,
-    sessions: Vec<Session>,
-    at: Instant,
 }
 
 #[allow(
@@ -150,7 +102,9 @@ impl Local {
         if let Some(job) = state.jobs.get_mut(&order.job) {
             match job.at {
                 JobState::Waiting => {
-                    if order.node == job.order.node && order.owner == job.order.owner {
+                    let list =
+                        |order: &Order| (order.node.clone(), order.owner.clone(), order.autosave);
+                    if list(order) == list(&job.order) {
                         job.order = order.clone();
                     }
                     return Ok(Offered::Known);
@@ -166,10 +120,11 @@ impl Local {
         };
         state.jobs.insert(order.job, job);
         let node_queue = state.nodes.entry(order.node.clone()).or_default();
+        let class = node_queue.class(order.autosave);
         if order.not_before_ms > self.now_ms() {
-            node_queue.later.push(order.job);
+            class.later.push(order.job);
         } else {
-            node_queue.push(&order.owner, order.job);
+            class.push(&order.owner, order.job);
         }
         drop(state);
         self.0.changed.notify_waiters();
@@ -398,13 +353,16 @@ impl Local {
             node_queue.register(agent);
             let ended = |_: &str, until: Instant| until <= now;
             let mut got = self.take_over(&mut state, node, agent, most, ended);
-            let due = self.enqueue_due(&mut state, node);
-            while got.len() < most
-                && let Some(claim) = self.admit(&mut state, node, agent)
-            {
-                got.push(claim);
+            let due = [false, true].map(|class| self.enqueue_due(&mut state, node, class));
+            for class in [false, true] {
+                while got.len() < most
+                    && let Some(claim) = self.admit(&mut state, node, agent, class)
+                {
+                    got.push(claim);
+                }
             }
-            (got, due.into_iter().chain(state.next_end(now)).min())
+            let due = due.into_iter().flatten();
+            (got, due.chain(state.next_end(now)).min())
         };
         Ok(self.until(wait, attempt).await)
     }
@@ -449,40 +407,41 @@ impl Local {
         got
     }
 
-    /// Moves jobs that are due into the lists. Returns the instant at which the next one is due.
-    fn enqueue_due(&self, state: &mut State, node: &str) -> Option<Instant> {
+    /// Moves jobs that are due, autosaves or others, into the lists. Returns the instant at which the next one is due.
+    fn enqueue_due(&self, state: &mut State, node: &str, autosave: bool) -> Option<Instant> {
         let now_ms = self.now_ms();
         let State { jobs, nodes, .. } = state;
-        let node_queue = nodes.get_mut(node)?;
+        let class = nodes.get_mut(node)?.class(autosave);
         let mut next = None;
-        for id in std::mem::take(&mut node_queue.later) {
+        for id in std::mem::take(&mut class.later) {
             let Some(job) = jobs.get(&id) else { continue };
             let at = job.order.not_before_ms;
             if at <= now_ms {
-                node_queue.push(&job.order.owner, id);
+                class.push(&job.order.owner, id);
             } else {
-                node_queue.later.push(id);
+                class.later.push(id);
                 next = Some(next.map_or(at, |next: i64| next.min(at)));
             }
         }
         next.map(|at| self.instant(at))
     }
 
-    /// Admits the next job of the user whose turn it is, considering only jobs within the limits.
-    fn admit(&self, state: &mut State, node: &str, agent: &str) -> Option<Claim> {
-        let node_queue = state.nodes.get(node)?;
-        let mut users: Vec<(u64, String)> = node_queue
+    /// Admits the next job of the user whose turn it is, of autosaves or of others, considering only jobs within the
+    /// limits.
+    fn admit(&self, state: &mut State, node: &str, agent: &str, autosave: bool) -> Option<Claim> {
+        let node_queue = state.nodes.get_mut(node)?;
+        if !node_queue.may_admit(autosave) {
+            return None;
+        }
+        let class = node_queue.class(autosave);
+        let mut users: Vec<(u64, String, Vec<JobId>)> = class
             .users
             .iter()
             .filter(|(_, (_, list))| !list.is_empty())
-            .map(|(user, (turn, _))| (*turn, user.clone()))
+            .map(|(user, (turn, list))| (*turn, user.clone(), list.iter().copied().collect()))
             .collect();
         users.sort();
-        for (turn, user) in users {
-            let Some((_, list)) = state.nodes.get(node)?.users.get(&user) else {
-                continue;
-            };
-            let list: Vec<JobId> = list.iter().copied().collect();
+        for (turn, user, list) in users {
             for id in list {
                 let Some(order) = state.jobs.get(&id).map(|job| job.order.clone()) else {
                     continue;
@@ -490,8 +449,8 @@ impl Local {
                 if order.expires_ms <= self.now_ms() {
                     self.drop_expired(state, &order);
                 } else if state.within_limits(self.now(), self.0.limits, &order) {
-                    let node_queue = state.nodes.get_mut(node)?;
-                    node_queue.serve(&user, turn, id);
+                    let class = state.nodes.get_mut(node)?.class(autosave);
+                    class.serve(&user, turn, id);
                     return Some(self.grant(state, order, agent));
                 }
             }
@@ -656,62 +615,5 @@ impl Drop for PendingQuestion<'_> {
         state
             .questions
             .retain(|question| question.nonce != self.nonce);
-    }
-}
-
-impl State {
-    /// Returns whether another claim of `order` is within the limits. Claims whose lease has ended do not count, nor
-    /// does the job itself.
-    fn within_limits(&self, now: Instant, limits: Limits, order: &Order) -> bool {
-        let registry = registry_of(&order.destination);
-        let (mut user, mut node, mut into) = (0, 0, 0);
-        for (id, job) in &self.jobs {
-            if let JobState::Held { until, .. } = job.at
-                && until > now
-                && *id != order.job
-            {
-                user += u32::from(job.order.owner == order.owner);
-                node += u32::from(job.order.node == order.node);
-                into += u32::from(registry_of(&job.order.destination) == registry);
-            }
-        }
-        let fits = |count, limit| limit == 0 || count < limit;
-        fits(user, limits.user) && fits(node, limits.node) && fits(into, limits.registry)
-    }
-
-    /// Returns when the next lease ends. A job may then be taken over, or fit into the limits.
-    fn next_end(&self, now: Instant) -> Option<Instant> {
-        self.jobs
-            .values()
-            .filter_map(|job| match job.at {
-                JobState::Held { until, .. } if until > now => Some(until),
-                _ => None,
-            })
-            .min()
-    }
-
-    fn forget(&mut self, id: JobId) {
-        let Some(job) = self.jobs.remove(&id) else {
-            return;
-        };
-        if let Some(node_queue) = self.nodes.get_mut(&job.order.node) {
-            node_queue.later.retain(|later| *later != id);
-            if let Some((_, list)) = node_queue.users.get_mut(&job.order.owner) {
-                list.retain(|waiting| *waiting != id);
-            }
-            node_queue.tidy();
-        }
-    }
-
-    fn post(&mut self, report: &Report, last: bool) -> String {
-        self.last += 1;
-        let entry = self.last.to_string();
-        self.reports.push_back(PendingReport {
-            entry: entry.clone(),
-            report: report.clone(),
-            last,
-            given: None,
-        });
-        entry
     }
 }

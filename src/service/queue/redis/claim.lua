@@ -1,12 +1,12 @@
 -- Gives an agent what it may do: claims of its node that were lost, then orders, user by user as their turns come, as
--- far as the limits of user, node and registry let them in.
+-- far as the limits of user, node and registry let them in. Autosaves come only when nothing else waits on the node.
 --
 -- Admission, delivery and lease are one step: there is no order between the lists and an agent that could be lost there.
 local node, agent, most = ARGV[3], ARGV[4], num(ARGV[5])
 local limit_user, limit_node, limit_registry = ARGV[6], ARGV[7], ARGV[8]
 local reclaim, waits = ARGV[9] == '1', ARGV[10] == '1'
-local stream, held, later = stream_key(node), held_key(node), later_key(node)
-local users, desk, agents = users_key(node), desk_key(node), agents_key(node)
+local stream, held = stream_key(node), held_key(node)
+local desk, agents = desk_key(node), agents_key(node)
 local claims, dropped, mine, blocked = {}, {}, {}, false
 
 -- The last agent that showed up on this node is the one that lives; of the others sixteen are remembered.
@@ -80,13 +80,15 @@ if reclaim then
     end
 end
 
--- Admits the order whose turn it is: nil none can be, true one was, false something unusable went away meanwhile.
-local function admit()
-    local last, waiting, unusable = num(redis.call('HGET', desk, 'v')), false, false
+-- Admits the order of a class whose turn it is: nil none can be, true one was, false something unusable went away meanwhile.
+local function admit(class)
+    if class == 'auto' and waiting_in(node, '') > 0 then return nil end
+    local users, served = users_key(node, class), class .. 'v'
+    local last, waiting, unusable = num(redis.call('HGET', desk, served)), false, false
     local turns = redis.call('ZRANGE', users, 0, -1, 'WITHSCORES')
     for i = 1, #turns, 2 do
         local user, turn = turns[i], num(turns[i + 1])
-        local list = list_key(node, user)
+        local list = list_key(node, user, class)
         local ids = redis.call('LRANGE', list, 0, 15)
         if #ids > 0 then
             waiting = true
@@ -96,7 +98,7 @@ local function admit()
         end
         for _, id in ipairs(ids) do
             local j = load(id)
-            if not j or j.s ~= 'w' or j.n ~= node or j.u ~= user then
+            if not j or j.s ~= 'w' or j.n ~= node or j.u ~= user or j.a ~= class then
                 redis.call('LREM', list, 1, id)
                 unusable = true
             elseif j.x <= now then
@@ -108,7 +110,7 @@ local function admit()
                 if not limit then
                     redis.call('LREM', list, 1, id)
                     if not grant(id, j) then return false end
-                    redis.call('HSET', desk, 'v', whole(math.max(last, turn)))
+                    redis.call('HSET', desk, served, whole(math.max(last, turn)))
                     redis.call('ZADD', users, whole(turn + 1), user)
                     return true
                 end
@@ -120,24 +122,31 @@ local function admit()
     if unusable then return false end
     if not waiting then
         redis.call('DEL', users)
-        redis.call('HDEL', desk, 'v')
+        redis.call('HDEL', desk, served)
     end
     return nil
 end
 
-if not reclaim then
+local function enqueue_due(class)
+    local later = later_key(node, class)
     for _, id in ipairs(redis.call('ZRANGEBYSCORE', later, '-inf', whole(now), 'LIMIT', 0, 256)) do
         redis.call('ZREM', later, id)
         local j = load(id)
-        if j and j.s == 'd' and j.n == node then
+        if j and j.s == 'd' and j.n == node and j.a == class then
             redis.call('HSET', job_key(id), 's', 'w')
-            enqueue(id, node, j.u)
+            enqueue(id, node, j.u, class)
         end
     end
-    local rounds = 0
-    while #claims < most and rounds < 1000 do
-        rounds = rounds + 1
-        if admit() == nil then break end
+end
+
+if not reclaim then
+    for _, class in ipairs({ '', 'auto' }) do enqueue_due(class) end
+    for _, class in ipairs({ '', 'auto' }) do
+        local rounds = 0
+        while #claims < most and rounds < 1000 do
+            rounds = rounds + 1
+            if admit(class) == nil then break end
+        end
     end
 end
 
@@ -163,9 +172,11 @@ if #claims == 0 and waits then
     -- A caller that stopped waiting is still counted: a bell too many wakes one for nothing, one too few leaves one asleep.
     redis.call('HSET', desk, 'want', whole(math.max(0, math.min(7, num(redis.call('HGET', desk, 'want')))) + 1))
     if blocked then redis.call('SADD', BLOCKED, node) end
-    local due = redis.call('ZRANGE', later, 0, 0, 'WITHSCORES')[2]
+    for _, class in ipairs({ '', 'auto' }) do
+        local due = redis.call('ZRANGE', later_key(node, class), 0, 0, 'WITHSCORES')[2]
+        if due then next_ms = math.min(next_ms, num(due) - now) end
+    end
     local lapse = redis.call('ZRANGEBYSCORE', held, '(' .. whole(now), '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
-    if due then next_ms = math.min(next_ms, num(due) - now) end
     if lapse then next_ms = math.min(next_ms, num(lapse) - now) end
 end
 redis.call('EXPIRE', desk, WEEK)

@@ -27,20 +27,22 @@ local function job_key(id) return P .. 'job:' .. id end             -- hash: s s
 local function order_key(id) return P .. 'order:' .. id end         -- string: the sealed order
 local function stream_key(node) return P .. 'stream:' .. node end   -- stream: one entry a claim, and bells
 local function held_key(node) return P .. 'held:' .. node end       -- sorted set: jobs by the end of their leases
-local function later_key(node) return P .. 'later:' .. node end     -- sorted set: jobs by when they may begin
-local function users_key(node) return P .. 'users:' .. node end     -- sorted set: users by their next turns
-local function desk_key(node) return P .. 'desk:' .. node end       -- hash: v the last turn, want how many wait
+-- What waits on a node is in one of two classes, which names part of the key: '' wanted by somebody, 'auto' autosaves.
+local function later_key(node, class) return P .. class .. 'later:' .. node end -- sorted set: jobs by when they may begin
+local function users_key(node, class) return P .. class .. 'users:' .. node end -- sorted set: users by their next turns
+local function desk_key(node) return P .. 'desk:' .. node end       -- hash: v and autov the last turns, want how many wait
 local function agents_key(node) return P .. 'agents:' .. node end   -- sorted set: agents as they showed up
 local function user_key(user) return P .. 'user:' .. user end       -- sorted set: a user's claims by their ends
 local function registry_key(host) return P .. 'into:' .. host end   -- sorted set: a registry's claims by their ends
-local function list_key(node, user) return P .. 'list:' .. #node .. ':' .. node .. ':' .. user end
+local function list_key(node, user, class) return P .. class .. 'list:' .. #node .. ':' .. node .. ':' .. user end
 
 local function load(id)
-    local f = redis.call('HMGET', job_key(id), 's', 'n', 'u', 'r', 'f', 'x', 't', 'g', 'e', 'c', 'k', 'lu', 'ln', 'lr', 'h')
+    local f = redis.call('HMGET', job_key(id), 's', 'n', 'u', 'r', 'f', 'x', 't', 'g', 'e', 'c', 'k', 'lu', 'ln', 'lr', 'h', 'a')
     if not f[1] or not f[2] then return nil end
     return {
         s = f[1], n = f[2], u = f[3] or '', r = f[4] or '', f = f[5] or '0', x = num(f[6]), t = num(f[7]), g = f[8] or '',
         e = f[9] or '0-0', c = f[10] == '1', k = f[11] == '1', lu = num(f[12]), ln = num(f[13]), lr = num(f[14]), h = f[15] == '1',
+        a = f[16] == '1' and 'auto' or '',
     }
 end
 
@@ -60,11 +62,20 @@ end
 
 -- A user who comes, or comes back, is next with those who are next: neither behind fifty of another one's, nor before
 -- everybody each time.
-local function enqueue(id, node, user)
-    local list, users = list_key(node, user), users_key(node)
+local function enqueue(id, node, user, class)
+    local list, users = list_key(node, user, class), users_key(node, class)
     local empty = redis.call('RPUSH', list, id) == 1
-    local turn, last = redis.call('ZSCORE', users, user), num(redis.call('HGET', desk_key(node), 'v'))
+    local turn, last = redis.call('ZSCORE', users, user), num(redis.call('HGET', desk_key(node), class .. 'v'))
     if not turn or (empty and num(turn) < last) then redis.call('ZADD', users, last, user) end
+end
+
+-- How many orders of a class wait on a node, whatever they wait for.
+local function waiting_in(node, class)
+    local count = redis.call('ZCARD', later_key(node, class))
+    for _, user in ipairs(redis.call('ZRANGE', users_key(node, class), 0, -1)) do
+        count = count + redis.call('LLEN', list_key(node, user, class))
+    end
+    return count
 end
 
 local function release_limits(id, j)
@@ -80,8 +91,8 @@ end
 
 -- Nothing is left of the job.
 local function forget(id, j)
-    if j.s == 'w' then redis.call('LREM', list_key(j.n, j.u), 1, id) end
-    if j.s == 'd' then redis.call('ZREM', later_key(j.n), id) end
+    if j.s == 'w' then redis.call('LREM', list_key(j.n, j.u, j.a), 1, id) end
+    if j.s == 'd' then redis.call('ZREM', later_key(j.n, j.a), id) end
     if j.s == 'h' then
         release_limits(id, j)
         acknowledge(j)
@@ -97,9 +108,11 @@ local function stricter(a, b)
 end
 
 -- Which limit one more claim of the job would break. A claim whose lease has ended does not count, nor does the job itself.
+-- An autosave leaves one place of each limit above 1 to other saves.
 local function full(id, j, limit_user, limit_node, limit_registry)
     local function over(key, limit)
         if limit == 0 then return false end
+        if j.a ~= '' and limit > 1 then limit = limit - 1 end
         local live, own = redis.call('ZCOUNT', key, '(' .. whole(now), '+inf'), redis.call('ZSCORE', key, id)
         if own and num(own) > now then live = live - 1 end
         return live >= limit

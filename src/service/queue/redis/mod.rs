@@ -193,6 +193,7 @@ impl Redis {
             .arg(order.expires_ms)
             .arg(order.attempt);
         self.with_limits(&mut call)
+            .arg(u8::from(order.autosave))
             .arg(self.seal(Message::Order, &order.node, order)?);
         let new: i64 = self.link.run(&call).await?;
         Ok(if new == 1 {

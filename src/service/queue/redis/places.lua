@@ -2,33 +2,34 @@
 -- A job that is in no list, because Redis lost that, is forgotten: its manager offers it again.
 local found, nodes = {}, {}
 
--- A node's lists, read once for all the jobs.
-local function look(node)
-    local seen = nodes[node]
+-- A node's lists of a class, read once for all the jobs.
+local function look(node, class)
+    local seen = nodes[class .. ':' .. node]
     if seen then return seen end
-    seen = { users = {}, all = 0 }
-    local turns = redis.call('ZRANGE', users_key(node), 0, -1, 'WITHSCORES')
+    -- Autosaves come after everything else that waits.
+    seen = { users = {}, all = 0, ahead = class == 'auto' and waiting_in(node, '') or 0 }
+    local turns = redis.call('ZRANGE', users_key(node, class), 0, -1, 'WITHSCORES')
     for i = 1, #turns, 2 do
-        local length = redis.call('LLEN', list_key(node, turns[i]))
+        local length = redis.call('LLEN', list_key(node, turns[i], class))
         seen.users[turns[i]] = { turn = num(turns[i + 1]), length = length }
         seen.all = seen.all + length
     end
-    nodes[node] = seen
+    nodes[class .. ':' .. node] = seen
     return seen
 end
 
 local function before(id, j)
-    local node = look(j.n)
-    if j.s == 'd' then return redis.call('ZSCORE', later_key(j.n), id) and node.all or nil end
+    local node = look(j.n, j.a)
+    if j.s == 'd' then return redis.call('ZSCORE', later_key(j.n, j.a), id) and node.ahead + node.all or nil end
     local own = node.users[j.u]
     if not own then return nil end
     if not own.at then
         own.at = {}
-        for index, waiting in ipairs(redis.call('LRANGE', list_key(j.n, j.u), 0, -1)) do own.at[waiting] = index - 1 end
+        for index, waiting in ipairs(redis.call('LRANGE', list_key(j.n, j.u, j.a), 0, -1)) do own.at[waiting] = index - 1 end
     end
     local index = own.at[id]
     if not index then return nil end
-    local count = index
+    local count = node.ahead + index
     for name, other in pairs(node.users) do
         if name ~= j.u then
             -- Those of the same turn go in the order of the names.

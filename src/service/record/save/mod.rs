@@ -5,6 +5,7 @@ mod draft;
 mod policy;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 pub use action::OutboxAction;
 pub(super) use action::Step;
@@ -91,6 +92,9 @@ pub struct Save {
     pub hurried: bool,
     /// The caller that requested the save.
     pub caller: String,
+    /// Of an autosave, the number of the latest ones of its session that were to be kept when it was requested.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep: Option<u32>,
     /// Time of the request: milliseconds since the epoch, UTC, like all following instants.
     pub created_ms: i64,
     /// When it was last queued.
@@ -101,6 +105,44 @@ pub struct Save {
     pub started_ms: Option<i64>,
     /// When it ended.
     pub finished_ms: Option<i64>,
+}
+
+/// The caller of autosaves in the record and the audit log.
+pub(crate) const AUTOSAVE: &str = "upperdeck:auto";
+/// The caller of saves that are made because their session ended.
+pub(crate) const ENDED: &str = "upperdeck:ended";
+
+/// What a user wants about the autosaves of a session.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AutosaveSetting {
+    /// Minutes from the end of a save to the next one; `None`: there are none.
+    pub every_minutes: Option<u32>,
+    /// Number of the latest ones that are kept; `None`: as the administrator says.
+    pub keep: Option<u32>,
+}
+
+/// Who or what asked for a save.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MadeBy {
+    /// A user, or a program on behalf of one.
+    #[default]
+    User,
+    /// The autosave policy of the session.
+    Autosave,
+    /// The end of the session.
+    End,
+}
+
+impl Save {
+    /// Returns who or what asked for it.
+    pub fn made_by(&self) -> MadeBy {
+        match self.caller.as_str() {
+            AUTOSAVE => MadeBy::Autosave,
+            ENDED => MadeBy::End,
+            _ => MadeBy::User,
+        }
+    }
 }
 
 /// What a running save waits for.
