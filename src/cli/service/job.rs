@@ -340,6 +340,7 @@ impl Reported {
             observer.event(Event::Saved {
                 reference: result.reference.clone(),
                 digest,
+                changes: result.changes.clone(),
             });
         } else if let Some(error) = &save.error {
             let failed = Error::Save {
@@ -556,6 +557,8 @@ pub(super) fn status_text(save: &Save) -> String {
                 text::bytes(Some(result.layer_bytes))
             ),
         ));
+        let changes = result.changes.as_ref();
+        lines.extend(changes.map(|changes| ("changes", changes.to_string())));
     }
     if let Some(error) = &save.error {
         lines.push((
