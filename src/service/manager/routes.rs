@@ -23,7 +23,7 @@ use super::extract::RequestGuard;
 use super::refusal::{Refusal, addressed};
 use super::{
     App, api, conditional, describe, docs, events, feed, hurry, images, inventory, notify, oidc,
-    packages, paging, rename, saves, sharing, signin, status,
+    packages, paging, rename, saves, sharing, signin, status, timeline,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -83,6 +83,7 @@ fn api() -> OpenApiRouter<App> {
         .routes(routes!(saves::audit))
         .routes(routes!(packages::of_save))
         .routes(routes!(packages::of_session))
+        .routes(routes!(timeline::timeline))
         .routes(routes!(saves::dead))
         .routes(routes!(notify::notify))
         .routes(routes!(notify::set_email))

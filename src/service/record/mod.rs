@@ -18,6 +18,7 @@ mod schema;
 mod sessions;
 mod signin;
 mod submit;
+mod timeline;
 mod view;
 
 use std::path::{Path, PathBuf};
@@ -37,9 +38,13 @@ pub(crate) use self::outbox::OutboxEntry;
 pub(crate) use self::reach::Change;
 use self::reach::Location;
 pub use self::receiver::{Language, Receiver, ReceiverKind, SaveEvent};
-pub use self::save::{Draft, Failure, Held, OutboxAction, Policy, Progress, Save, SaveWarning};
+pub(crate) use self::save::{AUTOSAVE, ENDED};
+pub use self::save::{
+    Draft, Failure, Held, MadeBy, OutboxAction, Policy, Progress, Save, SaveWarning,
+};
 pub use self::signin::SignIn;
 pub use self::submit::{Request, Submitted, UserLimits};
+pub use self::timeline::TimelineFilter;
 pub use self::view::{Filter, OpenSave, OpenSaveState, SaveVersion};
 
 /// Number of PostgreSQL connections per manager.

@@ -4,6 +4,7 @@
 mod images;
 mod notify;
 mod signin;
+mod timeline;
 
 use std::fmt;
 use std::str::FromStr;
@@ -14,6 +15,7 @@ use utoipa::ToSchema;
 pub use self::images::*;
 pub use self::notify::*;
 pub use self::signin::*;
+pub use self::timeline::*;
 pub use super::problem::{ExistingImage, Problem};
 use crate::common::digest::Digest;
 use crate::service::job::{

@@ -17,7 +17,7 @@ use crate::service::manager::auth::{Caller, Via};
 use crate::service::manager::inventory::suggested_tag;
 use crate::service::manager::refusal::Refusal;
 use crate::service::manager::saves::accept_of;
-use crate::service::record::Request;
+use crate::service::record::{ENDED, Request};
 
 /// Interval at which the nodes' heartbeats are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -25,8 +25,6 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const RETRY: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(300));
 /// Maximum age of an end. The record keeps the keys of requests for a day longer.
 const MAX_AGE: Duration = Duration::from_secs(6 * 24 * 3600);
-/// The caller of these saves in the record and the audit log.
-const CALLER: &str = "upperdeck:ended";
 
 /// What was done about the sessions that a node wants to be saved.
 struct Handled {
@@ -120,7 +118,7 @@ async fn save(app: &App, session: &Session) -> bool {
 
 async fn submit(app: &App, session: &Session) -> Result<(), Refusal> {
     let request = Request {
-        caller: CALLER.to_owned(),
+        caller: ENDED.to_owned(),
         key: format!("{}:{}", session.id, session.started_ms),
         hash: String::new(),
     };
@@ -128,7 +126,7 @@ async fn submit(app: &App, session: &Session) -> Result<(), Refusal> {
         return Ok(());
     }
     let caller = Caller {
-        name: CALLER.to_owned(),
+        name: ENDED.to_owned(),
         user: session.owner.clone(),
         administrator: false,
         via: Via::Token,

@@ -5,6 +5,7 @@ mod draft;
 mod policy;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 pub use action::OutboxAction;
 pub(super) use action::Step;
@@ -101,6 +102,35 @@ pub struct Save {
     pub started_ms: Option<i64>,
     /// When it ended.
     pub finished_ms: Option<i64>,
+}
+
+/// The caller of autosaves in the record and the audit log.
+pub(crate) const AUTOSAVE: &str = "upperdeck:auto";
+/// The caller of saves that are made because their session ended.
+pub(crate) const ENDED: &str = "upperdeck:ended";
+
+/// Who or what asked for a save.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MadeBy {
+    /// A user, or a program on behalf of one.
+    #[default]
+    User,
+    /// The autosave policy of the session.
+    Autosave,
+    /// The end of the session.
+    End,
+}
+
+impl Save {
+    /// Returns who or what asked for it.
+    pub fn made_by(&self) -> MadeBy {
+        match self.caller.as_str() {
+            AUTOSAVE => MadeBy::Autosave,
+            ENDED => MadeBy::End,
+            _ => MadeBy::User,
+        }
+    }
 }
 
 /// What a running save waits for.
