@@ -9,9 +9,11 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::client::{Client, Error};
+use super::naming::{age, which};
+use super::timeline;
 use crate::cli::args::service::{Job, JobSubmit};
 use crate::cli::args::{Format, Server};
-use crate::cli::exit::{Exit, Usage};
+use crate::cli::exit::Exit;
 use crate::cli::print::print;
 use crate::cli::progress::{self, Mode};
 use crate::cli::text::{self, Align};
@@ -20,7 +22,6 @@ use crate::common::cancel::Cancelled;
 use crate::service::job::{Code, Event, Observer, SaveOptions, State};
 use crate::service::manager::api::{
     ImageName, Notify, Save, SaveRequest, Saves, SessionView, Sessions, Waiting, WaitingReason,
-    Which,
 };
 
 /// Length of a shortened container ID in a table.
@@ -50,6 +51,10 @@ pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
             client.hurry(&args.id.to_string()).await?;
             Ok(write_stdout(b"its node is told\n")?)
         }),
+        Job::Timeline(args) => {
+            let server = args.server.clone();
+            with_client(&server, async |client| timeline::run(client, args).await)
+        }
         Job::Ls(args) => with_client(&args.server, async |client| {
             let mut query = vec![("limit", args.limit.to_string())];
             query.extend(args.state.map(|state| ("state", state.name().to_owned())));
@@ -92,24 +97,6 @@ pub(super) async fn cancel(client: &Client, id: &str) -> anyhow::Result<()> {
         "cancelling: its node is told\n".to_owned()
     };
     Ok(write_stdout(said.as_bytes())?)
-}
-
-/// Parses `NAMESPACE/POD[/CONTAINER]` or an ID.
-fn which(text: &str) -> Result<Which, Usage> {
-    let parts: Vec<&str> = text.split('/').collect();
-    match parts.as_slice() {
-        [id] if !id.is_empty() => Ok(Which::Id((*id).to_owned())),
-        [namespace, pod] | [namespace, pod, _] if !namespace.is_empty() && !pod.is_empty() => {
-            Ok(Which::Pod {
-                namespace: (*namespace).to_owned(),
-                pod: (*pod).to_owned(),
-                container: parts.get(2).map(|name| (*name).to_owned()),
-            })
-        }
-        _ => Err(Usage(format!(
-            "{text:?}: expected a session's ID or NAMESPACE/POD[/CONTAINER]"
-        ))),
-    }
 }
 
 /// Parses `NAME[:TAG]` or `:TAG`.
@@ -365,20 +352,6 @@ impl Reported {
     }
 }
 
-/// Formats the time since `time`, such as `2h`.
-fn age(time: &str, now: Timestamp) -> String {
-    let Ok(time) = time.parse::<Timestamp>() else {
-        return "-".to_owned();
-    };
-    let seconds = now.duration_since(time).as_secs().max(0);
-    match seconds {
-        0..60 => format!("{seconds}s"),
-        60..3600 => format!("{}m", seconds / 60),
-        3600..86_400 => format!("{}h", seconds / 3600),
-        _ => format!("{}d", seconds / 86_400),
-    }
-}
-
 /// Returns the JSON string of an enum of the API.
 pub(super) fn api_name<T: serde::Serialize>(value: &T) -> String {
     serde_json::to_value(value)
@@ -580,19 +553,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sessions_and_images_as_people_write_them() -> Result<(), Usage> {
-        assert_eq!(which("3f2a")?, Which::Id("3f2a".to_owned()));
-        assert_eq!(
-            which("jupyter/notebook-0/main")?,
-            Which::Pod {
-                namespace: "jupyter".to_owned(),
-                pod: "notebook-0".to_owned(),
-                container: Some("main".to_owned())
-            }
-        );
-        for wrong in ["", "/", "a/", "a/b/c/d"] {
-            assert!(which(wrong).is_err(), "{wrong}");
-        }
+    fn images_as_people_write_them() {
         let name = |text| {
             let ImageName { name, tag } = image_name(text);
             (name, tag)
@@ -602,7 +563,6 @@ mod tests {
         assert_eq!(name(Some("a")), (some("a"), None));
         assert_eq!(name(Some(":b")), (None, some("b")));
         assert_eq!(name(None), (None, None));
-        Ok(())
     }
 
     #[test]
@@ -643,22 +603,6 @@ mod tests {
             assert_eq!(state(&session, now), told);
         }
         assert!(sessions_table(&[session], now).ends_with("  ended  -\n"));
-        Ok(())
-    }
-
-    #[test]
-    fn ages_are_short() -> Result<(), jiff::Error> {
-        let now: Timestamp = "2026-11-24T12:00:00Z".parse()?;
-        for (time, expected) in [
-            ("2026-11-24T11:59:30Z", "30s"),
-            ("2026-11-24T11:00:01Z", "59m"),
-            ("2026-11-23T13:00:00Z", "23h"),
-            ("2026-11-20T12:00:00Z", "4d"),
-            ("2026-11-24T12:00:10Z", "0s"),
-            ("yesterday", "-"),
-        ] {
-            assert_eq!(age(time, now), expected, "{time}");
-        }
         Ok(())
     }
 }

@@ -7,9 +7,11 @@ mod doctor;
 pub(super) mod images;
 mod job;
 mod kubectl;
+mod naming;
 mod notices;
 mod renewed;
 mod setup;
+mod timeline;
 mod verbs;
 
 use super::args::service::Verb;
