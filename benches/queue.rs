@@ -232,6 +232,7 @@ async fn save(queue: &Queue, claim: &Claim, run: &Run) {
         base_digest: Some(format!("sha256:{:064x}", 9)),
         pause_ms: Some(12.5),
         seconds: 4.2,
+        changes: None,
     };
     let last = Update::Ended {
         outcome: Outcome::Succeeded { saved },

@@ -388,6 +388,7 @@ fn examples_fit_into_80_columns() -> Outcome {
         "job cancel",
         "job hurry",
         "job ls",
+        "job timeline",
         "job",
     ];
     let mut seen = 0;

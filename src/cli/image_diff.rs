@@ -17,7 +17,6 @@ use crate::image::verify::archive::ArchiveError;
 use crate::image::verify::layers::Layers as Stack;
 use crate::image::verify::tree::{Kind, Node};
 use crate::save;
-use crate::save::source::Image;
 use crate::store::destination::Target;
 
 /// Output of `image diff`.
@@ -89,12 +88,8 @@ pub(super) fn run(args: &ImageDiff) -> anyhow::Result<()> {
     let view = reading::run(&args.registry, Some(&b), async |registries, cancel| {
         let a = Arc::new(reading::open(a.clone(), registries, &args.before).await?);
         let b = Arc::new(reading::open(b.clone(), registries, &args.after).await?);
-        let common = common(&a, &b);
-        let packages = if args.packages {
-            Some(save::packages::image::of_image(&b, Some(&a)).await?)
-        } else {
-            None
-        };
+        let common = a.common_layers(&b);
+        let list_packages = args.packages;
         let (digest_a, digest_b) = (a.manifest.digest, b.manifest.digest);
         let (a, b) = (Layers::new(a, cancel), Layers::new(b, cancel));
         reading::blocking(move || {
@@ -103,13 +98,14 @@ pub(super) fn run(args: &ImageDiff) -> anyhow::Result<()> {
             } else {
                 of_own_layers(&a, &b, common)?
             };
+            let packages = list_packages.then(|| packages(&a, &b, common));
             Ok(DiffView {
                 a: digest_a,
                 b: digest_b,
                 common_layers: common,
                 full,
                 changes: changes.into_iter().map(Into::into).collect(),
-                packages,
+                packages: packages.transpose()?,
                 bytes_read: a.bytes_read() + b.bytes_read(),
             })
         })
@@ -118,10 +114,10 @@ pub(super) fn run(args: &ImageDiff) -> anyhow::Result<()> {
     print(args.format, &view, table)
 }
 
-/// Returns the number of lowest layers that are the same blobs.
-fn common(a: &Image, b: &Image) -> usize {
-    let pairs = a.parsed.layers().iter().zip(b.parsed.layers());
-    pairs.take_while(|(a, b)| a.digest() == b.digest()).count()
+fn packages(a: &Layers, b: &Layers, common: usize) -> Result<Packages, ArchiveError> {
+    let below = (0..common).map(|layer| a.open(layer)).collect();
+    let own = |of: &Layers| (common..of.len()).map(|layer| of.open(layer)).collect();
+    save::packages::image::of_layers(below, own(a), own(b))
 }
 
 fn of_trees(a: &Layers, b: &Layers, common: usize) -> Result<Vec<Changed>, ArchiveError> {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use indicatif::{DecimalBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::common::escape::text as escaped;
+use crate::save::changes::{Changes, Since};
 use crate::save::event::{EVENT_VERSION, Event, Observer, Phase, WaitReason};
 
 /// Minimum interval between JSON lines about bytes.
@@ -119,6 +120,14 @@ fn waiting_text(reason: WaitReason, seconds: Option<f64>) -> Option<String> {
         }
         (WaitReason::OtherSave, _) => return None,
     })
+}
+
+fn changes_text(changes: &Changes) -> String {
+    let since = match changes.since {
+        Since::Base => "since the base",
+        Since::Previous => "since the last save",
+    };
+    escaped(&format!("{since}: {changes}"))
 }
 
 fn queued_text(place: u64) -> String {
@@ -270,6 +279,13 @@ impl<W: Write + Send> Observer for Lines<W> {
                     format!("the container was frozen for {pause_ms:.1} ms")
                 }
                 (
+                    Event::Saved {
+                        changes: Some(changes),
+                        ..
+                    },
+                    Some(_),
+                ) => changes_text(&changes),
+                (
                     Event::Progress {
                         bytes_done,
                         bytes_total,
@@ -396,12 +412,15 @@ impl Observer for Bar {
             Event::Paused { pause_ms } => {
                 self.show(&format!("the container was frozen for {pause_ms:.1} ms"));
             }
-            Event::Saved { .. } => {
+            Event::Saved { changes, .. } => {
                 let (bytes, time) = (
                     DecimalBytes(self.changes.load(Ordering::Relaxed)),
                     HumanDuration(self.main.elapsed()),
                 );
                 self.show(&format!("saved: {bytes} of changes in {time}"));
+                if let Some(changes) = changes {
+                    self.show(&changes_text(&changes));
+                }
                 self.clear();
             }
             Event::Failed { .. } => self.clear(),
@@ -454,6 +473,7 @@ impl Drop for Bar {
 mod tests {
     use super::*;
     use crate::common::digest::Digest;
+    use crate::save::changes::ChangedFile;
 
     fn progress(bytes_done: u64) -> Event {
         Event::Progress {
@@ -508,8 +528,11 @@ mod tests {
                 Event::Saved {
                     reference: "h/r".into(),
                     digest,
+                    changes: Some(Changes::default()),
                 },
-                format!(r#""saved","reference":"h/r","digest":"{digest}"}}"#),
+                format!(
+                    r#""saved","reference":"h/r","digest":"{digest}","changes":{{"since":"base","entries":0,"files":0,"removed":0,"bytes":0,"largest":[]}}}}"#
+                ),
             ),
             (
                 Event::Failed {
@@ -583,13 +606,29 @@ mod tests {
                 message: "bad \x1b]0;name".into(),
             });
             lines.event(Event::Paused { pause_ms: 12.34 });
+            lines.event(Event::Saved {
+                reference: "h/r".into(),
+                digest: Digest::of(""),
+                changes: Some(Changes {
+                    since: Since::Previous,
+                    entries: 3,
+                    files: 2,
+                    removed: 1,
+                    bytes: 4_100_000,
+                    largest: vec![ChangedFile {
+                        path: "/a\x1b".into(),
+                        bytes: 4_000_000,
+                    }],
+                }),
+            });
             with_lock(&lines.state, |state| {
                 String::from_utf8_lossy(&state.out).into_owned()
             })
         };
         let warning = "warning: bad \\u{1b}]0;name (x)\n";
         assert_eq!(text(None), warning);
-        let pause = "the container was frozen for 12.3 ms\n";
+        let pause = "the container was frozen for 12.3 ms\n\
+             since the last save: 2 files changed, 1 removed, 4.10 MB; largest: /a\\u{1b} (4.00 MB)\n";
         assert_eq!(
             text(Some(Duration::from_secs(3600))),
             format!("reading the upper directory\n{warning}{pause}")

@@ -9,6 +9,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::changes::{Changes, Since};
 use super::earlier::Earlier;
 use super::in_flight_writes;
 use super::stream::{finish, stream};
@@ -57,11 +58,13 @@ pub(super) async fn capture(
     let Read {
         scans,
         on_top,
+        changes,
         made,
     } = read?;
     Ok(CapturedTrees {
         layers: finish(context, made).await?,
         on_top,
+        changes: Some(changes),
         report: trees::report(&scans),
         pause: None,
         was_frozen: false,
@@ -74,6 +77,7 @@ pub(super) async fn capture(
 struct Read {
     scans: Vec<Arc<Scan>>,
     on_top: bool,
+    changes: Changes,
     made: Vec<(Layer, BlobWriter)>,
 }
 
@@ -100,7 +104,8 @@ async fn read(
     }
     let changes = under.and_then(|known| trees::changes(known, &scans));
     let on_top = changes.is_some();
-    let plans = trees::plans(changes.unwrap_or_else(|| scans.clone()), options.timestamp);
+    let emitted = changes.unwrap_or_else(|| scans.clone());
+    let plans = trees::plans(emitted.clone(), options.timestamp);
     let plans = in_flight_writes::prepare_ended(context, plans);
     let plans = trees::split_plans(plans, options.layer_size);
     let mut made = Vec::new();
@@ -119,6 +124,7 @@ async fn read(
         }
     }
     Ok(Read {
+        changes: Changes::of(Since::of(on_top), emitted.iter().map(AsRef::as_ref)),
         scans,
         on_top,
         made,

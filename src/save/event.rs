@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::changes::Changes;
 use crate::common::digest::Digest;
 pub use crate::common::waits::WaitReason;
 
@@ -101,6 +102,9 @@ pub enum Event {
         reference: String,
         /// Digest of the manifest.
         digest: Digest,
+        /// What was added, changed and removed; absent if that is not known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        changes: Option<Changes>,
     },
     /// The last line of a save that failed.
     Failed {

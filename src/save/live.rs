@@ -10,6 +10,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::changes::{Changes, Since};
 use super::earlier::Earlier;
 use super::in_flight_writes;
 use super::mapped::{self, MappedFiles};
@@ -71,6 +72,13 @@ pub(super) async fn capture_live(
         was_frozen,
         mut dirty,
     } = instant;
+    let changes = if rounds.layers.is_empty() {
+        let scans = plans.iter().map(Plan::scan);
+        Some(Changes::of(Since::of(rounds.on_top), scans))
+    } else {
+        let previous = earlier.previous.as_ref().filter(|_| rounds.on_top);
+        Changes::between(previous.map(|previous| &*previous.known), &now)
+    };
     let mut layers = rounds.layers;
     let mut unsettled = HashSet::new();
     if let Some(held) = held.filter(|_| !plans.iter().all(Plan::is_empty)) {
@@ -98,6 +106,7 @@ pub(super) async fn capture_live(
     }
     trees::recheck(context, container, volumes)?;
     Ok(Some(CapturedTrees {
+        changes,
         layers,
         on_top: rounds.on_top,
         report: trees::report(&now),

@@ -1,6 +1,7 @@
 //! Saves a container: one function that follows the data flow of the design.
 
 mod base;
+pub(crate) mod changes;
 pub(crate) mod copy_out;
 mod earlier;
 mod ended;
@@ -47,6 +48,7 @@ use crate::store::destination::{Destination, LocalFiles, Target};
 use crate::store::layout;
 use crate::store::registry::{Access, Registries};
 
+use changes::{Changes, Since};
 use earlier::Earlier;
 use frozen::{FrozenGuard, freeze};
 use room::Room;
@@ -174,6 +176,7 @@ pub(crate) async fn commit(
     context.observer.event(Event::Saved {
         reference: saved.reference.clone(),
         digest,
+        changes: saved.metadata.changes.clone(),
     });
     earlier.keep(&context, of.container, &target, &taken);
     // The next save of this container may begin.
@@ -460,6 +463,8 @@ struct CapturedTrees {
     layers: Vec<Layer>,
     /// Whether they go on top of an earlier save's layers.
     on_top: bool,
+    /// What they contain; `None` if layers on top of the earlier save could not express it.
+    changes: Option<Changes>,
     report: Report,
     pause: Option<Duration>,
     /// Another program had paused the container, and it stays paused.
@@ -530,7 +535,8 @@ async fn capture_once(
     };
     let changes = under.and_then(|known| trees::changes(known, &scans));
     let on_top = changes.is_some();
-    let plans = trees::plans(changes.unwrap_or_else(|| scans.clone()), options.timestamp);
+    let emitted = changes.unwrap_or_else(|| scans.clone());
+    let plans = trees::plans(emitted.clone(), options.timestamp);
     let bound = frozen
         .as_ref()
         .filter(|f| !f.was_frozen())
@@ -574,6 +580,10 @@ async fn capture_once(
     Ok(CapturedTrees {
         layers: finish(context, made).await?,
         on_top,
+        changes: Some(Changes::of(
+            Since::of(on_top),
+            emitted.iter().map(AsRef::as_ref),
+        )),
         report,
         pause,
         was_frozen,

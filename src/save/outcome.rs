@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::changes::Changes;
 use super::{CapturedTrees, Delivered, Error, Options};
 use crate::common::digest::{DiffId, Digest};
 use crate::common::escape;
@@ -69,6 +70,8 @@ pub(crate) struct Metadata {
     /// Mount points of the volumes that were saved. The layers above the base contain them after the container's own
     /// changes.
     pub(crate) saved_volumes: Vec<PathBuf>,
+    /// What was added, changed and removed; `None` if layers on top of the earlier save could not express it.
+    pub(crate) changes: Option<Changes>,
     /// The packages by which the image differs from its base.
     pub(crate) packages: Packages,
     /// Duration of the whole save.
@@ -224,6 +227,7 @@ pub(super) fn saved(parts: Parts<'_>) -> Saved {
             .map(VolumeOutcome::new)
             .collect(),
         saved_volumes: volumes.iter().map(|v| v.destination.clone()).collect(),
+        changes: taken.changes.clone(),
         packages,
         seconds,
     };

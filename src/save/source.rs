@@ -124,6 +124,12 @@ impl Image {
         layers.map(|layer| self.layer(layer)).collect()
     }
 
+    /// Returns the number of lowest layers that are the same in both images.
+    pub(crate) fn common_layers(&self, other: &Self) -> usize {
+        let pairs = self.parsed.layers().iter().zip(other.parsed.layers());
+        pairs.take_while(|(a, b)| a.digest() == b.digest()).count()
+    }
+
     /// Opens one layer like [`Image::layers`].
     pub(crate) fn layer(&self, descriptor: &Descriptor) -> Result<LayerReader, SourceError> {
         let digest = layer_digest(descriptor)?;

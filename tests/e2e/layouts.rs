@@ -42,9 +42,23 @@ fn what_a_deletion_took_is_saved_again() -> Result<()> {
         lab.containerd
             .shell(&pod, &format!("echo {n} >/home/researcher/work/n"))
     };
-    save_as("one")?;
+    let first = save_as("one")?;
+    ensure!(
+        first.metadata["changes"]["since"] == "base",
+        "{}",
+        first.metadata
+    );
     change(2)?;
     let second = save_as("two")?;
+    let changes = &second.metadata["changes"];
+    ensure!(
+        changes["since"] == "previous"
+            && changes["files"] == 1
+            && changes["removed"] == 0
+            && changes["largest"]
+                == serde_json::json!([{"path": "/home/researcher/work/n", "bytes": 2}]),
+        "{changes}"
+    );
     ensure!(
         second.metadata["layers_above_base"] == 2,
         "{}",

@@ -398,6 +398,89 @@ fn differences(made: &Made) -> Outcome {
         assert!(short.lines().any(|l| l == line), "{line}: {short}");
     }
     assert_eq!(done(&["image", "diff", &top, &top])?, "");
+    packages(made)
+}
+
+/// Packages that pip and dpkg recorded, of two images of which one is on top of the other.
+fn packages(made: &Made) -> Outcome {
+    let place = "usr/lib/python3/site-packages";
+    let pip = |root: &Path, name: &str, version: &str| -> Outcome {
+        let dir = root.join(format!("{place}/{name}-{version}.dist-info"));
+        fs::create_dir_all(&dir)?;
+        let text = format!("Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n\n");
+        Ok(write(&dir.join("METADATA"), &text, 0o644)?)
+    };
+    let dpkg = |root: &Path, names: &[&str]| -> Outcome {
+        fs::create_dir_all(root.join("var/lib/dpkg"))?;
+        let paragraph = |name: &&str| {
+            format!("Package: {name}\nStatus: install ok installed\nVersion: 1.0-1\n\n")
+        };
+        let text: String = names.iter().map(paragraph).collect();
+        Ok(write(&root.join("var/lib/dpkg/status"), &text, 0o644)?)
+    };
+    made.layer("top", "installed", |root| {
+        pip(root, "rich", "13.7.0")?;
+        pip(root, "six", "1.16.0")?;
+        dpkg(root, &["base-files", "tzdata"])
+    })?;
+    made.layer("installed", "later", |root| {
+        fs::remove_dir_all(root.join(format!("{place}/rich-13.7.0.dist-info")))?;
+        fs::remove_dir_all(root.join(format!("{place}/six-1.16.0.dist-info")))?;
+        pip(root, "rich", "13.9.4")?;
+        pip(root, "httpx", "0.27.0")?;
+        dpkg(root, &["base-files"])
+    })?;
+    let image = |tag: &str| format!("oci:{}:{tag}", made.layout());
+    let compare = |a: &str, b: &str| -> Result<_, Box<dyn std::error::Error>> {
+        let args = ["image", "diff", "--packages", "--format", "json"];
+        let shown = done(&[&args[..], &[&image(a), &image(b)]].concat())?;
+        Ok(serde_json::from_str::<serde_json::Value>(&shown)?)
+    };
+    let told = |shown: &serde_json::Value| -> Vec<String> {
+        let listed = shown["packages"]["packages"].as_array();
+        let listed = listed.into_iter().flatten();
+        let version = |of: &serde_json::Value| of.as_str().unwrap_or("-").to_owned();
+        listed
+            .map(|one| {
+                let (was, is) = (version(&one["previous"]), version(&one["version"]));
+                format!("{} {was} {is}", one["name"].as_str().unwrap_or_default())
+            })
+            .collect()
+    };
+    let shown = compare("installed", "later")?;
+    assert_eq!(
+        told(&shown),
+        [
+            "httpx - 0.27.0",
+            "rich 13.7.0 13.9.4",
+            "six 1.16.0 -",
+            "tzdata 1.0-1 -"
+        ]
+    );
+    let back = compare("later", "installed")?;
+    assert_eq!(
+        told(&back),
+        [
+            "httpx 0.27.0 -",
+            "rich 13.9.4 13.7.0",
+            "six - 1.16.0",
+            "tzdata - 1.0-1"
+        ]
+    );
+    assert!(told(&compare("later", "later")?).is_empty());
+    // What the two have in common is read once for the trees and once for the packages, and all that is read counts.
+    let listed = done(&[
+        "image",
+        "diff",
+        "--full",
+        "--format",
+        "json",
+        &image("installed"),
+        &image("later"),
+    ])?;
+    let listed: serde_json::Value = serde_json::from_str(&listed)?;
+    let once = listed["bytes_read"].as_u64().unwrap_or_default();
+    assert_eq!(shown["bytes_read"].as_u64(), Some(2 * once));
     Ok(())
 }
 

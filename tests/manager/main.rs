@@ -31,5 +31,6 @@ mod store;
 #[allow(dead_code, reason = "each test program uses its part")]
 #[path = "../support/mod.rs"]
 mod support;
+mod timeline;
 mod watchers;
 mod webhooks;

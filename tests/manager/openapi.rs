@@ -74,6 +74,7 @@ async fn every_reply_is_described_and_times_are_times() -> Outcomes {
         ("SessionEndView", "at"),
         ("SessionView", "started"),
         ("SignedIn", "expires"),
+        ("TimelineEntry", "at"),
         ("Waiting", "until"),
     ] {
         let of = &schemas[schema]["properties"][field];

@@ -395,6 +395,7 @@ pub fn succeeded() -> Outcome {
             base_digest: None,
             pause_ms: Some(2.5),
             seconds: 1.0,
+            changes: None,
         },
     }
 }

@@ -34,6 +34,8 @@ fn populate(standin: &Standin) {
     world.images[1].pinned = true;
     world.images[2].shared = vec!["jun".to_owned()];
     crate::packages::populate(&mut world);
+    crate::timeline::populate(&mut world);
+    crate::packages::list_all(&mut world);
     world.end_session(true);
     let mut lent = world.image("survey", &["v3"], Category::Cpu, 3_000_000_000, 50, None);
     "jun".clone_into(&mut lent.user);
@@ -102,7 +104,12 @@ fn views(browser: &Browser, standin: &Standin, each: &mut dyn FnMut(&str) -> Out
     )?;
     each("sessions")?;
     browser.click("article .opener")?;
+    browser.see("table-3.csv")?;
     each("sessions-open")?;
+    browser.click(".moments .commands > summary")?;
+    browser.click(".moments .installed > summary")?;
+    browser.see("httpx")?;
+    each("timeline")?;
     browser.click("article .opener")?;
     browser.click("article button.main")?;
     browser.until(
@@ -329,7 +336,7 @@ fn axe_finds_nothing_serious_in_any_view_light_or_dark() -> Outcome {
             seen += 1;
             Ok(())
         })?;
-        assert_eq!(seen, 19);
+        assert_eq!(seen, 20);
     }
     Ok(())
 }

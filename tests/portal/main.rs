@@ -18,6 +18,7 @@ mod standin;
 #[allow(dead_code, reason = "each test program uses its part")]
 #[path = "../support/mod.rs"]
 mod support;
+mod timeline;
 mod versions;
 mod words;
 

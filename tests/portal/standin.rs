@@ -983,6 +983,7 @@ fn routes(world: Shared) -> Router {
             get(async || Json(serde_json::json!({"token": true}))),
         )
         .route("/sessions", get(sessions))
+        .route("/sessions/{id}/timeline", get(crate::timeline::list))
         .route("/saves", get(saves).post(save))
         .route("/saves/{id}", get(check).delete(cancel))
         .route("/events", get(events))
@@ -992,7 +993,9 @@ fn routes(world: Shared) -> Router {
         .route("/images/{name}/tags/{tag}", delete(remove))
         .route(
             "/images/{name}/digests/{digest}",
-            axum::routing::patch(change).delete(remove_untagged),
+            axum::routing::patch(change)
+                .delete(remove_untagged)
+                .get(crate::timeline::image),
         )
         .route("/shared", get(shared))
         .route("/shared/{user}/{name}/digests/{digest}", delete(decline))

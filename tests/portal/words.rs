@@ -88,6 +88,7 @@ fn every_language_has_every_word() -> Outcome {
     let mut asked = 0;
     for file in [
         "app.js",
+        "autosave.js",
         "contents.js",
         "element.js",
         "format.js",
@@ -100,6 +101,7 @@ fn every_language_has_every_word() -> Outcome {
         "saves.js",
         "sessions.js",
         "signin.js",
+        "timeline.js",
     ] {
         let text = source(file)?;
         for call in ["t(\"", "sentence(\""] {

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::autosave;
 use super::client::{Client, Error};
 use super::words::{age, api_name, which};
+use super::timeline;
 use crate::cli::args::service::{Job, JobSubmit};
 use crate::cli::args::{Format, Server};
 use crate::cli::exit::Exit;
@@ -51,6 +52,10 @@ pub(super) fn run(job: Job, verbose: bool) -> anyhow::Result<()> {
             client.hurry(&args.id.to_string()).await?;
             Ok(write_stdout(b"its node is told\n")?)
         }),
+        Job::Timeline(args) => {
+            let server = args.server.clone();
+            with_client(&server, async |client| timeline::run(client, args).await)
+        }
         Job::Ls(args) => with_client(&args.server, async |client| {
             let mut query = vec![("limit", args.limit.to_string())];
             query.extend(args.state.map(|state| ("state", state.name().to_owned())));
@@ -326,6 +331,7 @@ impl Reported {
             observer.event(Event::Saved {
                 reference: result.reference.clone(),
                 digest,
+                changes: result.changes.clone(),
             });
         } else if let Some(error) = &save.error {
             let failed = Error::Save {
@@ -522,6 +528,8 @@ pub(super) fn status_text(save: &Save) -> String {
                 text::bytes(Some(result.layer_bytes))
             ),
         ));
+        let changes = result.changes.as_ref();
+        lines.extend(changes.map(|changes| ("changes", changes.to_string())));
     }
     if let Some(error) = &save.error {
         lines.push((

@@ -11,6 +11,7 @@ mod kubectl;
 mod notices;
 mod renewed;
 mod setup;
+mod timeline;
 mod verbs;
 mod words;
 

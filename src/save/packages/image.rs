@@ -9,51 +9,54 @@ use crate::save::history::saved_layers;
 use crate::save::source::{Image, LayerReader, SourceError};
 
 /// Returns the packages of an image: those by which it differs from the layers that no save made or, with `earlier`,
-/// from another image. Reads all layers of both.
+/// from another image. Reads all layers of both, those that they have in common once.
 pub(crate) async fn of_image(image: &Image, earlier: Option<&Image>) -> Result<Packages, Error> {
     let failed = |error: SourceError| error.of(&image.name());
-    let readers = image.layers().map_err(failed)?;
-    let own = match earlier {
-        Some(_) => 0,
-        None => saved_layers(&image.config().await.map_err(failed)?),
-    };
-    let below = readers.len().saturating_sub(own);
-    let before = earlier.map(Image::layers).transpose().map_err(failed)?;
-    let compared = tokio::task::spawn_blocking(move || {
-        let mut now = Installed::default();
-        let mut before = before.map(installed).transpose()?;
-        for (at, reader) in readers.into_iter().enumerate() {
-            if at == below && own > 0 {
-                before = Some(now.clone());
-            }
-            apply(&mut now, reader)?;
+    let mut below = image.layers().map_err(failed)?;
+    let (before, after, whole) = if let Some(earlier) = earlier {
+        let common = image.common_layers(earlier);
+        let mut before = earlier.layers().map_err(failed)?;
+        (before.split_off(common), below.split_off(common), false)
+    } else {
+        let own = saved_layers(&image.config().await.map_err(failed)?);
+        let own = below.split_off(below.len().saturating_sub(own));
+        if own.is_empty() {
+            (Vec::new(), std::mem::take(&mut below), true)
+        } else {
+            (Vec::new(), own, false)
         }
-        Ok::<_, ArchiveError>(match before {
-            Some(before) => Packages::between(&before, &now),
-            None => {
-                let mut all = Packages::between(&Installed::default(), &now);
-                all.note("no layer is of a save: all packages of the image are listed");
-                all
-            }
-        })
-    });
+    };
+    let compared = tokio::task::spawn_blocking(move || of_layers(below, before, after));
     let compared = compared.await.map_err(|_| Error::Worker)?;
-    let compared = compared.map_err(|error| Error::ImageUnreadable {
+    let mut compared = compared.map_err(|error| Error::ImageUnreadable {
         name: image.name(),
         reason: error.to_string(),
     })?;
-    Ok(compared.limited(ASKED, ASKED_BYTES))
-}
-
-fn installed(readers: Vec<LayerReader>) -> Result<Installed, ArchiveError> {
-    let mut all = Installed::default();
-    for reader in readers {
-        apply(&mut all, reader)?;
+    if whole {
+        compared.note("no layer is of a save: all packages of the image are listed");
     }
-    Ok(all)
+    Ok(compared)
 }
 
-fn apply(installed: &mut Installed, reader: LayerReader) -> Result<(), ArchiveError> {
-    let reader = reader.map_err(|source| ArchiveError::Io { offset: 0, source })?;
-    layers::apply(installed, reader)
+/// Returns the packages by which the layers `after` differ from the layers `before`, both on top of `below`; each bottom
+/// first. Every layer is read once.
+pub(crate) fn of_layers(
+    below: Vec<LayerReader>,
+    before: Vec<LayerReader>,
+    after: Vec<LayerReader>,
+) -> Result<Packages, ArchiveError> {
+    let mut was = Installed::default();
+    apply(&mut was, below)?;
+    let mut is = was.clone();
+    apply(&mut was, before)?;
+    apply(&mut is, after)?;
+    Ok(Packages::between(&was, &is).limited(ASKED, ASKED_BYTES))
+}
+
+fn apply(installed: &mut Installed, readers: Vec<LayerReader>) -> Result<(), ArchiveError> {
+    for reader in readers {
+        let reader = reader.map_err(|source| ArchiveError::Io { offset: 0, source })?;
+        layers::apply(installed, reader)?;
+    }
+    Ok(())
 }

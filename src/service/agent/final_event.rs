@@ -15,7 +15,9 @@ impl FinalEvent {
     /// Returns whether the event says how the save ends.
     pub(super) fn read(&mut self, event: &Event) -> bool {
         match event {
-            Event::Saved { reference, digest } => {
+            Event::Saved {
+                reference, digest, ..
+            } => {
                 self.saved = Some((reference.clone(), digest.to_string()));
             }
             Event::Failed {

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use crate::common::regular_file;
 use crate::image::packages::Packages;
-use crate::service::job::Saved;
+use crate::service::job::{Changes, Saved};
 
 /// Maximum size of the metadata file in bytes; a larger one was not written by `commit`.
 const MAX_METADATA: u64 = 64 << 20;
@@ -29,6 +29,8 @@ struct Metadata {
     layers_above_base: usize,
     pause_ms: Option<f64>,
     seconds: f64,
+    #[serde(default)]
+    changes: Option<Changes>,
 }
 
 #[derive(Deserialize)]
@@ -73,6 +75,7 @@ impl Metadata {
             base_digest: self.base.digest,
             pause_ms: self.pause_ms,
             seconds: self.seconds,
+            changes: self.changes.map(Changes::sanitised),
         }
     }
 }
@@ -115,6 +118,7 @@ pub(super) fn read_saved(
         base_digest: None,
         pause_ms: None,
         seconds: took.as_secs_f64(),
+        changes: None,
     })
 }
 
@@ -132,6 +136,8 @@ mod tests {
                 {"digest": "d", "size": 20, "from": "local"}]},
             "layers": [{"size_bytes": 10, "entries": 3}, {"size_bytes": 1, "entries": 1}],
             "layers_above_base": 3, "pause_ms": 2.5, "seconds": 1.5, "new_field": [],
+            "changes": {"since": "previous", "entries": 4, "files": 3, "removed": 1, "bytes": 9, "largest": [
+                {"path": "/a", "bytes": 8}]},
         });
         let saved = serde_json::from_value::<Metadata>(json)?.saved();
         assert_eq!(
@@ -146,6 +152,8 @@ mod tests {
             (saved.base_name.as_deref(), saved.base_digest),
             (Some("b:1"), None)
         );
+        let changes = saved.changes.unwrap_or_default();
+        assert_eq!((changes.files, changes.largest.len()), (3, 1));
         Ok(())
     }
 }

@@ -8,6 +8,7 @@ mod seal;
 mod session;
 mod state;
 
+pub use crate::save::changes::{ChangedFile, Changes, Since};
 pub use crate::save::event::{EVENT_VERSION, Event, Observer, Phase, WaitReason};
 pub use order::{JobId, Order, Replaces, SaveOptions};
 pub use question::{Answer, NextStep, Question, Verdict};

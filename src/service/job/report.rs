@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Code, Event, JobId};
+use super::{Changes, Code, Event, JobId};
 use crate::image::packages::Packages;
 
 /// One report. A manager accepts it only if `fence` is the highest of the job so far, and accepts each `seq` once.
@@ -104,4 +104,7 @@ pub struct Saved {
     pub pause_ms: Option<f64>,
     /// Duration of the save, in seconds.
     pub seconds: f64,
+    /// What was added, changed and removed; absent if that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changes: Option<Changes>,
 }

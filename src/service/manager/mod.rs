@@ -45,6 +45,7 @@ mod standing;
 mod status;
 pub mod target;
 mod time;
+mod timeline;
 mod views;
 mod webhooks;
 mod work;

@@ -24,6 +24,7 @@ use super::refusal::{Refusal, addressed};
 use super::{
     App, api, autosave_settings, conditional, deletion, describe, docs, events, feed, hurry,
     images, inventory, notify, oidc, packages, paging, rename, saves, sharing, signin, status,
+    timeline,
 };
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -92,6 +93,7 @@ fn api() -> OpenApiRouter<App> {
             autosave_settings::set_session_autosave,
             autosave_settings::unset_session_autosave
         ))
+        .routes(routes!(timeline::timeline))
         .routes(routes!(saves::dead))
         .routes(routes!(notify::notify))
         .routes(routes!(notify::set_email))

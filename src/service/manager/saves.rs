@@ -148,7 +148,8 @@ async fn page(app: &App, filter: Filter, asked: Option<u32>) -> Result<Listed<Sa
     Ok(Listed(page, next))
 }
 
-fn after(cursor: Option<&str>) -> Result<Option<JobId>, Refusal> {
+/// Returns the save that a page comes after.
+pub(super) fn after(cursor: Option<&str>) -> Result<Option<JobId>, Refusal> {
     match cursor.filter(|text| !text.is_empty()) {
         None => Ok(None),
         Some(text) => parse_job_id(text).map(Some).map_err(|_| invalid_cursor()),

@@ -95,7 +95,8 @@ pub(super) async fn show(app: &App, save: &Save) -> Shown {
     shown(save, &standings.remove(&save.id).unwrap_or_default())
 }
 
-fn shown_fate(fate: Option<&Fate>) -> ImageFate {
+/// Converts what became of an image to its representation in the API.
+pub(super) fn shown_fate(fate: Option<&Fate>) -> ImageFate {
     let tagged = ImageFate {
         state: ImageState::Tagged,
         at: None,

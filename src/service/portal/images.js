@@ -24,7 +24,8 @@ function quotaBar(quota) {
     share > 0.9 ? element("p", { class: "wrong" }, t("quota.full")) : null);
 }
 
-async function remove(image, tag, me, done) {
+/** Deletes a tag, after a question. `done` is told what came of it. */
+export async function remove(image, tag, me, done) {
   const last = image.tags.length === 1;
   const others = image.tags.filter((other) => other !== tag).map((other) => other.name);
   const body = [
@@ -88,7 +89,7 @@ async function removeUntagged(image, me, done) {
 }
 
 /** A word of a command line. */
-const word = (text) => (/^[\w./:@+-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
+export const word = (text) => (/^[\w./:@+-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
 
 /** How an image is started by hand. */
 function commands(image, reference) {
@@ -98,12 +99,13 @@ function commands(image, reference) {
     ["Apptainer", `apptainer run ${word(`docker://${reference}`)}`], ["kubectl", `kubectl run ${pod} -it --rm --image=${word(reference)}`]];
 }
 
-const start = (me, reference) => me.start_url
+/** The link that starts a session from an image, where there is one. */
+export const start = (me, reference) => me.start_url
   ? element("a", { class: "start", href: me.start_url.replace("{reference}", () => encodeURIComponent(reference)), rel: "noreferrer", "aria-label": t("start.what", { image: reference }) }, t("start"))
   : null;
 
 /** Changes what is said about an image. */
-async function say(image, change, me, done, said) {
+export async function say(image, change, me, done, said) {
   try {
     await insist("PATCH", path("images", image.name, "digests", image.digest), { body: change, query: { user: me.administrator ? image.user : null } });
     done(said);

@@ -33,7 +33,7 @@ const SCRIPT: &str = "text/javascript; charset=utf-8";
 /// The page itself; [`File::page`] replaces `{build}` and `{preload}`.
 const PAGE: &str = include_str!("index.html");
 /// Name, content type and content of each file. Languages are loaded on demand, the others at once.
-const FILES: [(&str, &str, &str); 18] = [
+const FILES: [(&str, &str, &str); 20] = [
     ("style.css", CSS, include_str!("style.css")),
     ("app.js", SCRIPT, include_str!("app.js")),
     ("api.js", SCRIPT, include_str!("api.js")),
@@ -46,6 +46,8 @@ const FILES: [(&str, &str, &str); 18] = [
     ("contents.js", SCRIPT, include_str!("contents.js")),
     ("mail.js", SCRIPT, include_str!("mail.js")),
     ("packages.js", SCRIPT, include_str!("packages.js")),
+    ("timeline.js", SCRIPT, include_str!("timeline.js")),
+    ("autosave.js", SCRIPT, include_str!("autosave.js")),
     ("images.js", SCRIPT, include_str!("images.js")),
     ("history.js", SCRIPT, include_str!("history.js")),
     ("operations.js", SCRIPT, include_str!("operations.js")),

@@ -75,8 +75,9 @@ function grouped(packages) {
   return groups;
 }
 
-/** A block that opens to packages. `load` reads them; `before`, if there is one, finds the save before as `{ save, name }`. */
-function block(load, none, before) {
+/** A block that opens to packages. `load` reads them; `before`, if there is one, finds the save before as `{ save, name }`;
+ *  `others` stand above them. */
+function block(load, none, before, label = t("packages"), others = null) {
   const inside = element("div", { class: "inside-of" });
   const choice = element("p", { class: "choice" });
   let asked = 0;
@@ -100,7 +101,7 @@ function block(load, none, before) {
     const button = (value, text) => element("button", { type: "button", class: "quiet", value, "aria-pressed": String(!value), click: () => show(value || undefined) }, text);
     choice.append(button("", t("packages.base")), button(found.save, sentence("packages.since", { image: named(found.name) })));
   };
-  const details = element("details", { class: "installed" }, element("summary", {}, t("packages")), choice, inside);
+  const details = element("details", { class: "installed" }, element("summary", {}, label), others, choice, inside);
   details.addEventListener("toggle", () => {
     if (!details.open) return;
     show();
@@ -108,6 +109,10 @@ function block(load, none, before) {
   });
   return details;
 }
+
+/** How the packages of two saves differ. */
+export const between = (save, before, label, others) =>
+  block(() => get(path("saves", save, "packages"), { since: before }), "packages.unknown.save", null, label, others);
 
 /** What is installed in a running session. */
 export const ofSession = (session) => block(() => get(path("sessions", session.id, "packages")), "packages.unknown.session");

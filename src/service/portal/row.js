@@ -1,13 +1,15 @@
 // A session as a row: what it is, how it was saved last, a button that saves it. It opens to what would be saved.
 
 import { Refused, get, insist, path, pressed } from "./api.js";
+import { autosave } from "./autosave.js";
 import { amount, badges, outside, short } from "./contents.js";
 import { announce, ask, element, facts, fill, look, named, reference } from "./element.js";
 import { bytes, duration, since, when } from "./format.js";
 import { sentence, t } from "./language.js";
 import { box } from "./mail.js";
 import { ofSession } from "./packages.js";
-import { failure, image as imageOf, latest, outcome, over, running, take, trouble, verdict, words } from "./saves.js";
+import { changes, failure, image as imageOf, latest, outcome, over, running, take, trouble, verdict, words } from "./saves.js";
+import { timeline } from "./timeline.js";
 
 const NAME = /^[a-z0-9]+(?:[._-][a-z0-9]+|__[a-z0-9]+|-+[a-z0-9]+)*$/;
 const TAG = /^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$/;
@@ -126,7 +128,10 @@ export function row(first, me, signal) {
   const told = element("div");
   const error = element("div");
   const panel = element("div", { id: `${id}-in`, class: "inside", hidden: true });
+  const past = timeline(first, me);
+  const own = autosave(first);
   const toggle = (open = panel.hidden) => {
+    if (open && panel.hidden) past.load();
     panel.hidden = !open;
     opener.setAttribute("aria-expanded", String(open));
     came();
@@ -138,13 +143,14 @@ export function row(first, me, signal) {
   const progress = element("div");
   const last = element("div", { class: "last" });
   const meta = element("p", { class: "dim" });
-  panel.append(meta, told, ofSession(first), form.element);
+  panel.append(meta, told, ofSession(first), form.element, own.element, past.element);
   const line = element("div", { class: "line" },
     element("div", { class: "what" }, element("h2", { id: `${id}-name` }, opener, element("span", { class: "badges" }, badges(first))), about),
     element("div", { class: "sides" }, size, state), element("div", { class: "press" }, again, button));
   const block = element("article", { class: "card row", "aria-labelledby": `${id}-name` }, line, progress, error, last, panel);
 
   opener.addEventListener("click", () => toggle());
+  changes.addEventListener("ended", ({ detail: ended }) => { if (ended.session === session.id && !panel.hidden) past.load(); }, { signal });
   // The pointer may open the row anywhere where nothing else is to be pressed or marked.
   line.addEventListener("click", (event) => {
     if (!event.target.closest("button, a") && !String(getSelection())) toggle();
@@ -247,6 +253,7 @@ export function row(first, me, signal) {
     fill(told, facts([t("fact.next"), amount(now, saves)], [t("fact.unsaved"), outside(now)],
       [t("fact.problem"), now.problem && element("span", { lang: "en" }, named(now.problem))]));
     form.update(now);
+    own.update(now);
     const newest = now.save ? latest(now.save) : saves.find((one) => one.session === now.id);
     const mine = save && latest(save.id);
     // What this page was told meanwhile may be newer than the list.

@@ -222,11 +222,11 @@ const remarks = (save) => save.warnings?.length
   : null;
 
 /** What became of the image, if it cannot be started by its name any more. */
-function lost({ image: fate }) {
-  if (!fate || fate.state === "tagged") return null;
-  const time = fate.at ? when(fate.at) : "";
-  if (fate.state === "replaced") return sentence("fate.replaced", { session: named(fate.session_name ?? ""), time });
-  if (fate.state === "renamed") return sentence("fate.renamed", { tag: named(fate.renamed_to), time });
+export function fate({ image: now }) {
+  if (!now || now.state === "tagged") return null;
+  const time = now.at ? when(now.at) : "";
+  if (now.state === "replaced") return sentence("fate.replaced", { session: named(now.session_name ?? ""), time });
+  if (now.state === "renamed") return sentence("fate.renamed", { tag: named(now.renamed_to), time });
   return sentence("fate.deleted", { time });
 }
 
@@ -236,7 +236,7 @@ export function outcome(save) {
   if (save.state === "failed") return [failure(save), remarks(save)];
   if (save.state === "cancelled") return [element("p", {}, t("cancelled.body"))];
   const pause = result?.pause_ms ?? save.pause_ms;
-  const gone = lost(save);
+  const gone = fate(save);
   return [
     gone ? element("p", { class: "fate" }, element("s", {}, named(image(save))), " ", gone) : reference(save.target),
     facts(

@@ -19,6 +19,7 @@ mod schema;
 mod sessions;
 mod signin;
 mod submit;
+mod timeline;
 mod view;
 
 use std::path::{Path, PathBuf};
@@ -46,6 +47,7 @@ pub use self::save::{
 };
 pub use self::signin::SignIn;
 pub use self::submit::{Request, Submitted, UserLimits};
+pub use self::timeline::TimelineFilter;
 pub use self::view::{Filter, OpenSave, OpenSaveState, SaveVersion};
 
 /// Number of PostgreSQL connections per manager.

@@ -64,6 +64,9 @@ pub(in crate::cli) enum Job {
     /// Show or set when sessions are saved without being asked for
     #[command(after_long_help = JOB_AUTOSAVE_HELP)]
     Autosave(JobAutosave),
+    /// List what was saved of a session and what each save changed, newest first
+    #[command(after_long_help = JOB_TIMELINE_HELP)]
+    Timeline(JobTimeline),
 }
 
 const JOB_AUTOSAVE_HELP: &str = "\
@@ -94,6 +97,42 @@ Examples:
   id=$(upperdeck job submit 3f2a9c51d0b7 :tuesday)
 
 The manager prefixes NAME:TAG with registry, project and user. JSON: the object that POST /api/v1/saves returns.";
+
+const JOB_TIMELINE_HELP: &str = "\
+Examples:
+  upperdeck job timeline jupyter/notebook-0
+  upperdeck job timeline 3f2a9c51d0b7 --format json | \\
+      jq -r '.entries[] | [.at, .changes.files, .reference] | @tsv'
+  upperdeck image cp h.example/alice/lab:monday:/home/alice/a.ipynb .
+      Copies one file out of a save, without unpacking the rest.
+  upperdeck image diff h.example/alice/lab:monday h.example/alice/lab:tuesday
+      Lists what differs between two.
+
+The saves of earlier sessions of the same user with the same name are listed, too. BY: by hand, by itself (at an
+interval), or at the end of the session. FILES, REMOVED and CHANGED count what a save adds to the one that it builds on,
+or to the base; PACKAGES, what differs from the entry below. JSON: an object as GET /api/v1/sessions/{id}/timeline has it.";
+
+#[derive(Debug, Args)]
+pub(in crate::cli) struct JobTimeline {
+    /// ID of a session, a unique prefix of it or its name, as in "job sessions"; a pod can state its own as
+    /// UPPERDECK_SESSION
+    #[arg(env = "UPPERDECK_SESSION", hide_env = true)]
+    pub(in crate::cli) session: String,
+    /// Also list saves whose images the service deleted because there were newer ones
+    #[arg(long)]
+    pub(in crate::cli) removed: bool,
+    /// Maximum number of entries
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=500))]
+    pub(in crate::cli) limit: u32,
+    /// Continue after an earlier page, with the cursor that it ended with
+    #[arg(long, value_name = "WHERE")]
+    pub(in crate::cli) after: Option<String>,
+    /// Output format
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    pub(in crate::cli) format: Format,
+    #[command(flatten)]
+    pub(in crate::cli) server: Server,
+}
 
 #[derive(Debug, Args)]
 pub(in crate::cli) struct JobSessions {

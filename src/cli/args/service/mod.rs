@@ -20,7 +20,7 @@ use clap::{Args, Subcommand, ValueEnum, ValueHint};
 
 pub(in crate::cli) use callers::{Callers, KubernetesPermission};
 pub(in crate::cli) use doctor::Doctor;
-pub(in crate::cli) use job::{Job, JobAutosave, JobSubmit};
+pub(in crate::cli) use job::{Job, JobAutosave, JobSubmit, JobTimeline};
 pub(in crate::cli) use kubectl::{Cluster, Kubectl, KubectlSave, KubectlVerb};
 pub(in crate::cli) use mail::Mail;
 

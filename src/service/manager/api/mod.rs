@@ -5,6 +5,7 @@ mod autosave;
 mod images;
 mod notify;
 mod signin;
+mod timeline;
 
 use std::fmt;
 use std::str::FromStr;
@@ -16,6 +17,7 @@ pub use self::autosave::*;
 pub use self::images::*;
 pub use self::notify::*;
 pub use self::signin::*;
+pub use self::timeline::*;
 pub use super::problem::{ExistingImage, Problem};
 use crate::common::digest::Digest;
 use crate::service::job::{

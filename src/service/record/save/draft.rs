@@ -4,7 +4,7 @@
 use super::action::{OutboxAction, Step};
 use super::policy::Policy;
 use super::{Failure, Held, Save, SaveWarning};
-use crate::service::job::{Code, Event, Outcome, Report, Saved, State, Update};
+use crate::service::job::{Changes, Code, Event, Outcome, Report, Saved, State, Update};
 
 /// Maximum number of warnings that are kept; a tree can contain any number of unusual files.
 const MAX_WARNINGS: usize = 100;
@@ -272,6 +272,7 @@ impl Draft {
                 digest: truncated(&saved.digest),
                 base_name: saved.base_name.as_deref().map(truncated),
                 base_digest: saved.base_digest.as_deref().map(truncated),
+                changes: saved.changes.clone().map(Changes::sanitised),
                 ..saved.clone()
             });
         }
