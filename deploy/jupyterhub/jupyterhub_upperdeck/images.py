@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field, replace
 
 from .manager import PAGE, Json, Manager, Problem, path
-from .starting import Judgement, judge_packages
+from .starting import Judgement, judge_image
 from .text import date, shorten, size
 from .words import Words
 
@@ -35,6 +35,7 @@ class SavedImage:
     changed: str = ""
     bytes: int | None = None
     gpu: bool = False
+    kind: str = ""
     save: str | None = None
     session_name: str = ""
     packages: Json | None = field(default=None, hash=False, compare=False)
@@ -84,10 +85,9 @@ class SavedImage:
         ]
         return [part for part in parts if part]
 
-    @property
-    def judgement(self) -> Judgement:
-        """Whether it will start on a hub."""
-        return judge_packages(self.packages)
+    def judged(self, hub_version: str) -> Judgement:
+        """Returns whether it will start on a hub of this version."""
+        return judge_image(self.kind, self.packages, hub_version)
 
 
 def _read(entry: Json, shared: bool) -> SavedImage | None:
@@ -108,6 +108,7 @@ def _read(entry: Json, shared: bool) -> SavedImage | None:
         changed=str(entry.get("changed") or ""),
         bytes=size if isinstance(size, int) else None,
         gpu=entry.get("category") == "gpu",
+        kind=str(entry.get("kind") or ""),
         save=entry.get("save"),
         session_name=str(entry.get("session_name") or ""),
     )
@@ -150,21 +151,24 @@ async def saved_images(manager: Manager, owner: str, *, groups: Iterable[str] = 
     return own + newest[:most]
 
 
-async def with_packages(manager: Manager, owner: str, images: list[SavedImage]) -> list[SavedImage]:
-    """Returns the images with the packages that were added, where the manager tells ``owner``, and soon."""
+async def with_packages(manager: Manager, images: list[SavedImage]) -> list[SavedImage]:
+    """Returns the images with the packages that were added, where the manager knows them, and soon.
+
+    It tells the owner of an image. With whom it is shared may read the same in the image.
+    """
     places = asyncio.Semaphore(_CONCURRENT)
     found: dict[str, Json] = {}
 
-    async def look(save: str) -> None:
+    async def look(save: str, owner: str) -> None:
         async with places:
             # A save without a list, e.g. of an earlier version: the image can be started all the same.
             with contextlib.suppress(Problem):
                 found[save] = await manager.call("GET", path("saves", save, "packages"), owner)
 
-    saves = {image.save for image in images if image.save is not None and not image.shared}
+    saves = {image.save: image.owner for image in images if image.save is not None}
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_PACKAGES_S):
-            await asyncio.gather(*map(look, saves))
+            await asyncio.gather(*(look(save, owner) for save, owner in saves.items()))
     return [replace(image, packages=found.get(image.save)) if image.save else image for image in images]
 
 

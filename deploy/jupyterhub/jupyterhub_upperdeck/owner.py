@@ -6,10 +6,11 @@ import hashlib
 import re
 from typing import Any
 
-# A component of a repository's path (OCI distribution specification), as the agent requires of an owner.
-_COMPONENT = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*")
+# The name of a project of Harbor, which is a component of a repository's path (OCI distribution specification), too, as
+# the agent requires of an owner.
+_PROJECT = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
 # Separates the readable part from the hash; a name that contains it is hashed, too.
-_MARK = "---"
+_MARK = "-sha-"
 _MAX = 64
 _HASH = 16
 _STEM = 32
@@ -21,11 +22,11 @@ VARIABLE = "UPPERDECK_OWNER"
 def owner_of(name: str) -> str:
     """Returns the manager's name of a user.
 
-    It is the user's name where that can be a component of a repository's path, at most 64 characters long. Any other
-    name (with capital letters, ``@``, other scripts) gets a readable part and 64 bits of its SHA-256, so that different
+    It is the user's name where that can name a project of Harbor, at most 64 characters long. Any other name (with
+    capital letters, ``@``, ``__``, other scripts) gets a readable part and 64 bits of its SHA-256, so that different
     users never have the same name.
     """
-    if _COMPONENT.fullmatch(name) and len(name) <= _MAX and _MARK not in name:
+    if _PROJECT.fullmatch(name) and len(name) <= _MAX and _MARK not in name:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:_HASH]
     stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:_STEM].strip("-") or "user"

@@ -66,7 +66,7 @@ def profile_list(
             if chosen is not None and chosen.key not in [image.key for image in images]:
                 # Older than those that are shown, and named by a link.
                 images.append(chosen)
-            images = await with_packages(used, owner, images)
+            images = await with_packages(used, images)
         except Problem as problem:
             # The site's own profiles can be started without the manager.
             spawner.log.warning("Saved images of %s cannot be listed: %s", spawner.user.name, problem)

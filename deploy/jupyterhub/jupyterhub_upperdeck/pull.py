@@ -5,15 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlencode
 
-from tornado.httpclient import AsyncHTTPClient, HTTPRequest, HTTPResponse
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest, HTTPResponse
 
 from .images import SavedImage
 from .manager import Problem, client
 from .owner import owner_of
+from .text import shorten
 
 LABELS = {"app.kubernetes.io/managed-by": "jupyterhub-upperdeck", "component": "upperdeck-pull"}
 
@@ -55,54 +57,69 @@ class HarborRobots:
             method=method,
             auth_username=user,
             auth_password=password,
-            headers={"Content-Type": "application/json"},
+            # A project whose name is a number would be taken for the one with that ID.
+            headers={"Content-Type": "application/json", "X-Is-Resource-Name": "true"},
             body=json.dumps(body) if body is not None else None,
         )
         try:
             return await self._client.fetch(request, raise_error=False)
-        except OSError as error:
+        except (OSError, HTTPClientError) as error:
             raise Problem.unavailable(f"Harbor cannot be reached: {error}") from error
 
     async def make(self, key: str, image: SavedImage) -> tuple[str, str]:
         project = image.repository.split("/")[1]
         name = f"hub-{key}"
         await self._remove(name, project)
-        response = await self._call(
-            "POST",
-            "robots",
-            {
-                "name": name,
-                "description": "Pulls a saved image for a server of JupyterHub",
-                "level": "project",
-                "duration": self.days,
-                "permissions": [
-                    {
-                        "kind": "project",
-                        "namespace": project,
-                        "access": [{"resource": "repository", "action": "pull"}],
-                    }
-                ],
-            },
-        )
+        # A robot that makes robots has to have their rights itself. Harbor compares them as they were written, with the
+        # effect "allow" or with none, which means the same.
+        for effect in ({}, {"effect": "allow"}):
+            response = await self._call("POST", "robots", self._robot(name, project, effect))
+            if response.code != 403:
+                break
         if response.code != 201:
-            raise Problem.unavailable(f"Harbor made no robot for {project}: HTTP status {response.code}")
+            raise Problem.unavailable(f"Harbor made no robot for {project}: {_refusal(response)}")
         made = json.loads(response.body)
         return str(made["name"]), str(made["secret"])
+
+    def _robot(self, name: str, project: str, effect: dict[str, str]) -> dict[str, Any]:
+        return {
+            "name": name,
+            "description": "Pulls a saved image for a server of JupyterHub",
+            "level": "project",
+            "duration": self.days,
+            "permissions": [
+                {
+                    "kind": "project",
+                    "namespace": project,
+                    "access": [{"resource": "repository", "action": "pull", **effect}],
+                }
+            ],
+        }
 
     async def _remove(self, name: str, project: str) -> None:
         """Removes the robot that an earlier start of the same server made."""
         found = await self._call("GET", f"projects/{project}")
         if found.code != 200:
-            raise Problem.unavailable(f"Harbor does not show the project {project}: HTTP status {found.code}")
+            raise Problem.unavailable(f"Harbor does not show the project {project}: {_refusal(found)}")
         number = int(json.loads(found.body)["project_id"])
         # Not an exact match, because Harbor keeps the name with that of the project before it.
         query = urlencode({"q": f"Level=project,ProjectID={number},name=~{name}", "page_size": 100})
         listed = await self._call("GET", f"robots?{query}")
         if listed.code != 200:
-            raise Problem.unavailable(f"Harbor does not list the robots of {project}: HTTP status {listed.code}")
+            raise Problem.unavailable(f"Harbor does not list the robots of {project}: {_refusal(listed)}")
         for robot in json.loads(listed.body):
             if str(robot.get("name", "")).endswith(f"+{name}"):
                 await self._call("DELETE", f"robots/{int(robot['id'])}")
+
+
+def _refusal(response: HTTPResponse) -> str:
+    """Returns the status of a reply, with the reason that Harbor gives."""
+    status = f"HTTP status {response.code}"
+    try:
+        reason = shorten(json.loads(response.body)["errors"][0]["message"], 200)
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        return status
+    return f"{status} ({reason})" if reason else status
 
 
 class PullSecrets:
@@ -144,9 +161,13 @@ def _secret_name(key: str) -> str:
 
 
 def secret_key(user: str, server: str) -> str:
-    """Returns the name of a server that no other server of any user has."""
+    """Returns the name of a server that no other server of any user has.
+
+    Kubernetes takes it as a part of a Secret's name, and Harbor as one of a robot's: in these, letters and digits are
+    separated by one character.
+    """
     digest = hashlib.sha256(f"{user}\xff{server}".encode()).hexdigest()[:16]
-    stem = owner_of(user).replace("_", "-").replace(".", "-")[:24].strip("-")
+    stem = re.sub(r"[^a-z0-9]+", "-", owner_of(user))[:24].strip("-")
     return f"{stem}-{digest}"
 
 

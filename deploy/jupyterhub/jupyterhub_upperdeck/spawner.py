@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jupyterhub
 from tornado import web
 from traitlets import Bool, Enum, Float, TraitError, Unicode, default, validate
 from traitlets.config import LoggingConfigurable
@@ -224,7 +225,7 @@ class UpperdeckMixin(_Base):
         """Returns the images that the user may start, with their packages. Fails with :class:`Problem`."""
         manager = self.upperdeck_manager
         found = await saved_images(manager, self.upperdeck_owner, groups=groups_of(self), most=most)
-        return await with_packages(manager, self.upperdeck_owner, found)
+        return await with_packages(manager, found)
 
     def upperdeck_is_saved(self, named: Any) -> bool:
         """Returns whether a request names a saved image: by its key, or by a reference below the target."""
@@ -420,8 +421,8 @@ def _saved_row(image: SavedImage, checked: bool, words: Words) -> str:
 
 def warnings(image: SavedImage, words: Words = english) -> list[str]:
     """Returns why an image may not start here, as sentences; empty if nothing is against it."""
-    judged = image.judgement
-    if judged.starts or image.packages is None:
+    judged = image.judged(jupyterhub.__version__)
+    if judged.starts or not judged.against:
         return []
     reasons = " ".join(reason.sentence(words) for reason in judged.against)
     return [words("starts_not" if judged.starts is False else "starts_perhaps", reasons=reasons)]

@@ -17,6 +17,12 @@ from .words import Words, english
 Json = dict[str, Any]
 
 _SERVERS = ("jupyterlab", "jupyter-server", "notebook")
+# What JupyterHub (from 5 on) and Jupyter Server (from 2 on) both need, or one of them to start at all.
+_NEEDED = (
+    "alembic", "anyio", "jinja2", "jupyter-client", "jupyter-core", "jupyter-events", "nbformat", "packaging",
+    "prometheus-client", "pyzmq", "send2trash", "sqlalchemy", "tornado", "traitlets", "websocket-client",
+)  # fmt: skip
+_SINGLEUSER = "jupyterhub-singleuser"
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def _major(version: object) -> int | None:
 def judge_packages(packages: Json | None, hub_version: str | None = None) -> Judgement:
     """Judges by the packages that were added to the base, removed from it, or changed."""
     if packages is None:
-        return Judgement(None, (Reason("packages_unknown"),))
+        return Judgement(None, (Reason("packages_unknown", against=False),))
     # (location, name): an environment that lost the hub's package is not mended by another that has it.
     changes = [
         (_canonical(one.get("name", "")), one)
@@ -81,6 +87,10 @@ def judge_packages(packages: Json | None, hub_version: str | None = None) -> Jud
         if name in removed - present:
             starts = False
             reasons.append(Reason("server_removed", {"name": name}))
+    # Perhaps that of another environment than the server's.
+    for name in sorted(set(_NEEDED) & (removed - present)):
+        starts = starts and None
+        reasons.append(Reason("needed_removed", {"name": name}))
     for name, one in changes:
         if name != "jupyterhub" or one.get("change") == "removed" or hub_version is None:
             continue
@@ -109,6 +119,16 @@ def _judge_programs(packages: Json) -> list[Reason]:
         else:
             reasons.append(Reason("program_missing", {"name": name}))
     return reasons
+
+
+def judge_image(kind: str, packages: Json | None, hub_version: str | None) -> Judgement:
+    """Judges a saved image, of which the manager knows the `kind` of its session ("" if it does not)."""
+    judged = judge_packages(packages, hub_version)
+    programs = [one.get("name") for one in (packages or {}).get("programs", []) if isinstance(one, dict)]
+    # RStudio may well have been started by a hub.
+    if kind in ("", "jupyter") or _SINGLEUSER in programs:
+        return judged
+    return Judgement(judged.starts and None, (*judged.reasons, Reason("other_kind")))
 
 
 def judge_session(

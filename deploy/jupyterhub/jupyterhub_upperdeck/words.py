@@ -44,6 +44,8 @@ _ENGLISH = {
     "packages_unknown": "The list of packages is not known.",
     "jupyterhub_removed": "The package jupyterhub was removed, which the command jupyterhub-singleuser is part of.",
     "server_removed": "The package {name} was removed.",
+    "needed_removed": "The package {name} was removed, which a server needs.",
+    "other_kind": "The session that it was saved from is no Jupyter server.",
     "jupyterhub_version": "jupyterhub {version} was installed, and the hub has {hub}: "
     "releases with different first numbers may not work together.",
     "program_missing": "The program {name}, by which a server is started, is not in the image any more.",
@@ -87,6 +89,8 @@ _KOREAN = {
     "packages_unknown": "어떤 패키지가 바뀌었는지 알 수 없습니다.",
     "jupyterhub_removed": "jupyterhub-singleuser 명령이 들어 있는 jupyterhub 패키지가 제거되었습니다.",
     "server_removed": "{name} 패키지가 제거되었습니다.",
+    "needed_removed": "서버에 필요한 {name} 패키지가 제거되었습니다.",
+    "other_kind": "Jupyter 서버가 아닌 세션에서 저장되었습니다.",
     "jupyterhub_version": "jupyterhub {version}이 설치되었고 허브는 {hub}입니다. "
     "첫 번호가 다른 버전은 함께 작동하지 않을 수 있습니다.",
     "program_missing": "서버를 시작하는 프로그램 {name}이(가) 이미지에 더 이상 없습니다.",

@@ -10,6 +10,7 @@ from jupyterhub_upperdeck.hub import Server
 from jupyterhub_upperdeck.images import find, saved_images, with_packages
 from jupyterhub_upperdeck.manager import Problem
 from jupyterhub_upperdeck.session import spawn_page
+from jupyterhub_upperdeck.spawner import warnings
 
 
 def many(count: int) -> FakeManager:
@@ -23,7 +24,7 @@ def many(count: int) -> FakeManager:
 
 async def test_a_page_asks_for_what_it_shows() -> None:
     manager = many(10_000)
-    shown = await with_packages(manager, "alice", await saved_images(manager, "alice", most=30))
+    shown = await with_packages(manager, await saved_images(manager, "alice", most=30))
     assert [one.name for one in shown] == [f"work-{number}" for number in range(9_999, 9_969, -1)]
     assert len(manager.asked) == 1 + 1 + 30, "a list, what is shared, the packages of each"
 
@@ -39,6 +40,21 @@ async def test_the_oldest_of_many_can_be_started() -> None:
     assert await find(manager, "bob", found.key) is None
 
 
+async def test_the_owner_of_a_shared_image_is_told_its_packages() -> None:
+    manager = FakeManager()
+    shared = image("alice", "work", "1", save="save-1", kind="jupyter")
+    manager.shared = {"bob": [shared]}
+    removed = {"name": "jupyterhub", "change": "removed", "manager": "pip", "location": "opt/venv"}
+    manager.packages = {"save-1": {"packages": [removed]}}
+    [shown] = await with_packages(manager, await saved_images(manager, "bob", most=30))
+    assert ("GET", "/api/v1/saves/save-1/packages", "alice") in manager.asked
+    [warning] = warnings(shown)
+    assert warning.startswith("Does not start on this hub: The package jupyterhub was removed")
+    # What is not shared with bob is not asked about.
+    manager.shared = {}
+    assert await with_packages(manager, await saved_images(manager, "bob", most=30)) == []
+
+
 async def test_a_slow_manager_does_not_hold_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listed, "_LISTED_S", 0.05)
     monkeypatch.setattr(listed, "_PACKAGES_S", 0.05)
@@ -46,7 +62,7 @@ async def test_a_slow_manager_does_not_hold_the_page(monkeypatch: pytest.MonkeyP
     shown = await saved_images(manager, "alice", most=30)
     manager.slow = True
     # They can be started without the packages being known.
-    assert await with_packages(manager, "alice", shown) == shown
+    assert await with_packages(manager, shown) == shown
     with pytest.raises(Problem, match="did not respond"):
         await saved_images(manager, "alice", most=30)
 

@@ -257,7 +257,8 @@ class TestLoop:
         assert bob.portal("GET", where + "?user=alice").status_code in (403, 404)
         shared = alice.portal("PATCH", where, json={"shared": [owner_of(BOB)]})
         assert shared.status_code == 200, shared.text
-        assert "Shared with me" in bob.spawn_page()
+        page = bob.spawn_page()
+        assert "Shared with me" in page and "added: greeting 1.0" in page
         bob.start(image=key, upperdeck_save_on_stop=True)
         session = Session(lab, BOB)
         assert session.shell("python3 -c 'import greeting; print(greeting.WORDS)'") == "hello from a package"

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
-import jsonschema
 import pytest
 import yaml
 from tornado import httpserver, netutil, web
@@ -21,23 +20,56 @@ from jupyterhub_upperdeck.pull import HarborRobots, PullSecrets, secret_key
 
 SEEN = Path(__file__).resolve().parents[4] / "shared/harbor"
 
+# What is used of Harbor's API, by its description: the parameters of requests, and the fields that are sent and read.
+PARAMETERS = {
+    ("GET", "/projects/{project_name_or_id}"): {"X-Is-Resource-Name"},
+    ("GET", "/robots"): {"q", "page_size"},
+    ("POST", "/robots"): {"robot"},
+    ("DELETE", "/robots/{robot_id}"): set(),
+}
+SENT = {
+    "RobotCreate": {
+        "name": "string",
+        "description": "string",
+        "level": "string",
+        "duration": "integer",
+        "permissions": ["RobotPermission"],
+    },
+    "RobotPermission": {"kind": "string", "namespace": "string", "access": ["Access"]},
+    "Access": {"resource": "string", "action": "string", "effect": "string"},
+}
+READ = {
+    "Project": {"project_id": "integer"},
+    "Robot": {"id": "integer", "name": "string"},
+    "RobotCreated": {"name": "string", "secret": "string"},
+    "Errors": {"errors": ["Error"]},
+    "Error": {"message": "string"},
+}
+TYPES = {"string": str, "integer": int}
+PROJECTS = {"alice": 7, "2026": 8}
+
 
 class Harbor(web.Application):
-    """Keeps robots of one project."""
+    """Keeps robots of two projects."""
 
     def __init__(self) -> None:
         super().__init__([("/api/v2.0/(.*)", Calls)])
         self.robots: dict[int, dict[str, Any]] = {}
-        self.asked: list[tuple[str, str]] = []
+        self.asked: list[tuple[str, str, list[str]]] = []
         self.bodies: list[dict[str, Any]] = []
         self.page: str | None = None
+        # Replies have nothing but what is read of them.
+        self.bare = False
+        # The rights of the robot that makes robots; `None`: it is a user.
+        self.maker: list[dict[str, str]] | None = None
 
 
 class Calls(web.RequestHandler):
     application: Harbor
 
     def prepare(self) -> None:
-        self.application.asked.append((str(self.request.method), self.request.uri or ""))
+        named = [name for name in self.request.headers if name.startswith("X-")]
+        self.application.asked.append((str(self.request.method), self.request.uri or "", named))
         if self.application.page is not None:
             self.finish(self.application.page)
             return
@@ -46,22 +78,43 @@ class Calls(web.RequestHandler):
             self.set_status(401)
             self.finish({"errors": [{"code": "UNAUTHORIZED", "message": "unauthorized"}]})
 
+    def refuse(self, status: int, code: str, message: str) -> None:
+        self.set_status(status)
+        self.finish({"errors": [{"code": code, "message": message}]})
+
+    def say(self, kind: str, *found: dict[str, Any]) -> list[dict[str, Any]]:
+        """Returns objects of Harbor's description as they are sent."""
+        if not self.application.bare:
+            return list(found)
+        return [{name: one[name] for name in READ[kind]} for one in found]
+
     def get(self, where: str) -> None:
-        if where == "projects/alice":
-            self.finish({"name": "alice", "project_id": 7, "owner_name": "admin", "metadata": {"public": "false"}})
-        elif where.startswith("projects/"):
-            self.set_status(403)
-            self.finish({"errors": [{"code": "FORBIDDEN", "message": "forbidden"}]})
+        if where.startswith("projects/"):
+            name = where.removeprefix("projects/")
+            by_name = self.request.headers.get("X-Is-Resource-Name") == "true"
+            if name.isdecimal() and not by_name:
+                name = {str(number): name for name, number in PROJECTS.items()}.get(name, "")
+            if name not in PROJECTS:
+                self.refuse(403, "FORBIDDEN", "forbidden")
+                return
+            project = {
+                "name": name,
+                "project_id": PROJECTS[name],
+                "owner_name": "admin",
+                "metadata": {"public": "false"},
+            }
+            self.finish(self.say("Project", project)[0])
         else:
-            level, project, name = self.get_query_argument("q").split(",")
-            assert (level, project) == ("Level=project", "ProjectID=7")
+            level, project_id, name = self.get_query_argument("q").split(",")
+            assert level == "Level=project"
+            [project] = [name for name, number in PROJECTS.items() if project_id == f"ProjectID={number}"]
             # As it is kept: with the project's name, and without the prefix.
-            kept = self.application.robots.values()
+            kept = [one for one in self.application.robots.values() if one["permissions"][0]["namespace"] == project]
             wanted = name.removeprefix("name=")
             fuzzy = wanted.startswith("~")
             names = [(one, one["name"].removeprefix("robot$")) for one in kept]
             found = [one for one, name in names if (wanted[1:] in name if fuzzy else wanted == name)]
-            self.finish(json.dumps(found))
+            self.finish(json.dumps(self.say("Robot", *found)))
 
     def post(self, where: str) -> None:
         robot = json.loads(self.request.body)
@@ -69,16 +122,24 @@ class Calls(web.RequestHandler):
         number = len(self.application.asked)
         [permission] = robot["permissions"]
         name = f"robot${permission['namespace']}+{robot['name']}"
-        if name in [one["name"] for one in self.application.robots.values()]:
-            self.set_status(409)
-            self.finish({"errors": [{"code": "CONFLICT", "message": "robot account already exists"}]})
-            return
-        self.application.robots[number] = {**robot, "id": number, "name": name}
-        self.set_status(201)
-        created = "2026-11-29T17:29:45.371Z"
-        self.finish(
-            {"creation_time": created, "expires_at": 1, "id": number, "name": name, "secret": f"secret-{number}"}
-        )
+        maker = self.application.maker
+        if not re.fullmatch("[a-z0-9]+([._-][a-z0-9]+)*", robot["name"]):
+            self.refuse(400, "BAD_REQUEST", "robot name is not in lower case or contains illegal characters")
+        elif maker is not None and any(access not in maker for access in permission["access"]):
+            self.refuse(403, "DENIED", "permission scope is invalid")
+        elif name in [one["name"] for one in self.application.robots.values()]:
+            self.refuse(409, "CONFLICT", "robot account already exists")
+        else:
+            self.application.robots[number] = {**robot, "id": number, "name": name}
+            self.set_status(201)
+            created = {
+                "creation_time": "2026-11-29T17:29:45.371Z",
+                "expires_at": 1,
+                "id": number,
+                "name": name,
+                "secret": f"secret-{number}",
+            }
+            self.finish(self.say("RobotCreated", created)[0])
 
     def delete(self, where: str) -> None:
         del self.application.robots[int(where.removeprefix("robots/"))]
@@ -115,6 +176,30 @@ async def test_a_robot_may_pull_from_one_project_for_a_day(harbor: tuple[Harbor,
     assert sorted(one["name"] for one in kept.robots.values()) == ["robot$alice+hub-alice-1", "robot$alice+hub-alice-2"]
 
 
+async def test_a_project_whose_name_is_a_number(harbor: tuple[Harbor, HarborRobots]) -> None:
+    kept, robots = harbor
+    saved = _read(image("2026", "work", "1"), shared=False)
+    assert saved is not None
+    await robots.make("2026-1", saved)
+    await robots.make("2026-1", saved)
+    assert [one["name"] for one in kept.robots.values()] == ["robot$2026+hub-2026-1"]
+
+
+async def test_a_robot_that_makes_robots_has_their_rights_itself(harbor: tuple[Harbor, HarborRobots]) -> None:
+    kept, robots = harbor
+    saved = _read(image("alice", "work", "1"), shared=False)
+    assert saved is not None
+    pull = {"resource": "repository", "action": "pull"}
+    for right in (pull, {**pull, "effect": "allow"}):
+        kept.maker = [right]
+        await robots.make("alice-1", saved)
+        [robot] = kept.robots.values()
+        assert robot["permissions"][0]["access"] == [right]
+    kept.maker = []
+    with pytest.raises(Problem, match=r"made no robot for alice: HTTP status 403 \(permission scope is invalid\)"):
+        await robots.make("alice-1", saved)
+
+
 async def test_what_harbor_refuses_is_said(harbor: tuple[Harbor, HarborRobots], tmp_path: Path) -> None:
     _, robots = harbor
     other = _read(image("erin", "work", "1"), shared=False)
@@ -139,11 +224,15 @@ async def test_what_is_no_reply_of_harbor_is_said(harbor: tuple[Harbor, HarborRo
         await PullSecrets(robots).ensure(spawner, saved)
 
 
-def test_keys_of_servers_differ() -> None:
-    servers = [("alice", ""), ("alice", "x"), ("Alice", ""), ("alice/x", ""), ("a", "lice"), ("한글", "")]
+def test_keys_of_servers_differ_and_can_name_robots() -> None:
+    servers = [
+        ("alice", ""), ("alice", "x"), ("Alice", ""), ("alice/x", ""), ("a", "lice"), ("한글", ""),
+        ("bob@example.org", ""), ("a__b", ""), ("a.-b", ""), ("a" * 23 + "@b", ""),
+    ]  # fmt: skip
     keys = {secret_key(user, name) for user, name in servers}
     assert len(keys) == len(servers)
     assert all(len(f"upperdeck-pull-{key}") <= 63 for key in keys)
+    assert all(re.fullmatch("[a-z0-9]+([._-][a-z0-9]+)*", key) for key in keys), keys
 
 
 @pytest.fixture
@@ -192,35 +281,60 @@ async def test_the_stand_in_answers_as_harbor_was_seen_to(
             assert shape(given) in [shape(one) for one in theirs], (given, theirs)
 
 
-async def test_the_requests_are_as_harbor_describes_them(
-    harbor: tuple[Harbor, HarborRobots], seen: list[dict[str, Any]]
-) -> None:
+def check(value: Any, kind: str | list[str]) -> None:
+    """Fails unless what is sent has only the fields of `SENT`, with their types."""
+    if isinstance(kind, list):
+        for one in value:
+            check(one, kind[0])
+    elif kind in SENT:
+        assert set(value) <= set(SENT[kind]), (value, kind)
+        for name in value:
+            check(value[name], SENT[kind][name])
+    else:
+        assert type(value) is TYPES[kind], (value, kind)
+
+
+async def test_no_more_is_used_of_harbor_than_is_listed_here(harbor: tuple[Harbor, HarborRobots]) -> None:
     kept, robots = harbor
-    saved = _read(image("alice", "work", "1"), shared=False)
-    assert saved is not None
+    kept.bare = True
+    saved, other = (_read(image(user, "work", "1"), shared=False) for user in ("alice", "erin"))
+    assert saved is not None and other is not None
     await robots.make("alice-1", saved)
     await robots.make("alice-1", saved)
-    described = yaml.safe_load((SEEN / "swagger-v2.0.yaml").read_text())
-    for method, uri in kept.asked:
+    with pytest.raises(Problem, match=r"403 \(forbidden\)"):
+        await robots.make("x", other)
+    used = set()
+    for method, uri, headers in kept.asked:
         asked = urlparse(uri)
-        paths = [
-            path for path in described["paths"]
-            if re.fullmatch(described["basePath"] + re.sub(r"{[^}]*}", "[^/]+", path), asked.path)
-        ]  # fmt: skip
-        assert len(paths) == 1, uri
-        operation = described["paths"][paths[0]][method.lower()]
-        parameters = [
-            described["parameters"][one["$ref"].rpartition("/")[2]] if "$ref" in one else one
-            for one in operation["parameters"]
+        path = asked.path.removeprefix("/api/v2.0")
+        [described] = [
+            one for one in PARAMETERS if one[0] == method and re.fullmatch(re.sub(r"{[^}]*}", "[^/]+", one[1]), path)
         ]
-        assert set(parse_qs(asked.query)) <= {one["name"] for one in parameters}, uri
-    assert {method for method, _ in kept.asked} == {"GET", "POST", "DELETE"}
-    # Names that are not described would be ignored.
-    for name in ("RobotCreate", "RobotPermission", "Access"):
-        described["definitions"][name]["additionalProperties"] = False
+        assert set(parse_qs(asked.query)) <= PARAMETERS[described], uri
+        # What is no parameter of a request is without effect.
+        assert PARAMETERS[described] - {"robot"} <= set(parse_qs(asked.query)) | set(headers), uri
+        used.add(described)
+    assert used == set(PARAMETERS)
     for body in kept.bodies:
-        jsonschema.validate(body, {"$ref": "#/definitions/RobotCreate", "definitions": described["definitions"]})
-    # The rights are among those that a robot was given.
+        check(body, "RobotCreate")
+
+
+def test_harbor_describes_what_is_listed_here(seen: list[dict[str, Any]]) -> None:
+    described = yaml.safe_load((SEEN / "swagger-v2.0.yaml").read_text())
+    assert described["basePath"] == "/api/v2.0"
+    for (method, path), parameters in PARAMETERS.items():
+        given = described["paths"][path][method.lower()]["parameters"]
+        given = [described["parameters"][one["$ref"].rpartition("/")[2]] if "$ref" in one else one for one in given]
+        assert parameters <= {one["name"] for one in given}, (method, path)
+    for kind, fields in {**SENT, **READ}.items():
+        properties = described["definitions"][kind]["properties"]
+        for name, type_ in fields.items():
+            if isinstance(type_, list):
+                assert properties[name]["type"] == "array"
+                assert properties[name]["items"]["$ref"] == f"#/definitions/{type_[0]}", (kind, name)
+            else:
+                assert properties[name]["type"] == type_, (kind, name)
+    # The right is among those that a robot was given.
     recorded = [one["request"] for one in seen if one["request"]["url"].endswith("/api/v2.0/robots")]
     known = [
         access
@@ -228,4 +342,4 @@ async def test_the_requests_are_as_harbor_describes_them(
         for permission in json.loads(request["body"])["permissions"]
         for access in permission["access"]
     ]
-    assert all(access in known for body in kept.bodies for access in body["permissions"][0]["access"])
+    assert {"resource": "repository", "action": "pull"} in known

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from jupyterhub_upperdeck.starting import judge_packages, judge_session
+from jupyterhub_upperdeck.starting import judge_image, judge_packages, judge_session
 
 
 def packages(*changes: tuple[str, str, str | None]) -> dict[str, Any]:
@@ -24,6 +24,8 @@ def packages(*changes: tuple[str, str, str | None]) -> dict[str, Any]:
         ([("jupyterhub", "removed", None)], False, ["jupyterhub_removed"]),
         ([("jupyter_server", "removed", None)], False, ["server_removed"]),
         ([("jupyterhub", "removed", None), ("jupyterhub", "added", "6.0")], True, []),
+        ([("prometheus_client", "removed", None), ("Jinja2", "removed", None)], None, ["needed_removed"] * 2),
+        ([("tornado", "changed", "6.5")], True, []),
         ([("jupyterhub", "changed", "4.1.5")], None, ["jupyterhub_version"]),
         ([("jupyterhub", "changed", "6.0.0")], True, []),
     ],
@@ -57,6 +59,28 @@ def test_programs_decide(programs: list[Any], starts: bool, codes: list[str]) ->
 
 def test_an_unknown_list_decides_nothing() -> None:
     assert judge_packages(None).starts is None
+    assert judge_packages(None).against == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "found", "starts", "against"),
+    [
+        ("jupyter", packages(), True, []),
+        # It was saved elsewhere, or before the manager wrote it down.
+        ("", packages(), True, []),
+        ("rstudio", packages(), None, ["other_kind"]),
+        ("other", None, None, ["other_kind"]),
+        ("rstudio", {**packages(), "programs": [program("jupyterhub-singleuser", "/opt/x")]}, True, []),
+        ("other", packages(("jupyterhub", "removed", None)), False, ["jupyterhub_removed", "other_kind"]),
+        ("jupyter", packages(("jupyterhub", "changed", "4.1.5")), None, ["jupyterhub_version"]),
+    ],
+)
+def test_what_an_image_was_saved_from_decides(
+    kind: str, found: dict[str, Any] | None, starts: bool | None, against: list[str]
+) -> None:
+    judged = judge_image(kind, found, "6.1.1")
+    assert judged.starts is starts
+    assert [reason.code for reason in judged.against] == against
 
 
 def test_a_session_says_why() -> None:
