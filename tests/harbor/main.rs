@@ -524,6 +524,32 @@ async fn a_quota_is_asked_before_and_explained_after() -> Outcome {
     lab.end().await
 }
 
+/// Harbor has IDs and names of projects in the same place of a path.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_project_whose_name_is_a_number_is_not_taken_for_an_id() -> Outcome {
+    let lab = Lab::start().await?;
+    for name in ["2", "20231234"] {
+        assert!(
+            lab.harbor()
+                .await
+                .create_project(name, Some(1 << 30))
+                .await?
+        );
+        save(&lab.to(&format!("{name}/x")), &image(name, 1000), "1").await?;
+        let project = lab
+            .harbor()
+            .await
+            .project(name)
+            .await?
+            .ok_or("no project")?;
+        assert_eq!(project.name, name);
+        let usage = lab.images().await.quota_usage(&format!("{name}/x")).await?;
+        assert_eq!(usage.ok_or("no quota")?.limit, Some(1 << 30));
+        assert_eq!(lab.harbor().await.missing_rights(name).await?, []);
+    }
+    lab.end().await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_manifest_can_be_what_is_too_much() -> Outcome {
     let lab = Lab::start().await?;

@@ -10,8 +10,8 @@ use uuid::Uuid;
 
 use super::autosave;
 use super::client::{Client, Error};
-use super::words::{age, api_name, which};
 use super::timeline;
+use super::words::{age, api_name, which};
 use crate::cli::args::service::{Job, JobSubmit};
 use crate::cli::args::{Format, Server};
 use crate::cli::exit::Exit;

@@ -177,6 +177,10 @@ impl<'a> Search<'a> {
             return Ok(false);
         }
         if name != self.target && is_below(self.target, &name) {
+            // A link to its own name changes nothing, whatever is there.
+            if entry.kind == EntryKind::Hardlink {
+                return Ok(false);
+            }
             self.parent_of_target(name, entry, seen);
             return Ok(true);
         }

@@ -161,6 +161,17 @@ proptest! {
 }
 
 #[test]
+fn a_hard_link_of_a_directory_to_itself_changes_nothing() -> Result<(), ExtractError> {
+    let layers = [
+        tar(&[("a/", b'5', ""), ("a/b/", b'5', "")]),
+        tar(&[("a", b'1', "a")]),
+    ];
+    let found = run(&layers, "a/b")?;
+    assert!(words(&found).join("\n").contains("Directory"));
+    Ok(())
+}
+
+#[test]
 fn no_layer_is_read_below_the_one_that_decides() -> Result<(), ExtractError> {
     let base = tar(&[
         ("etc/", b'5', ""),

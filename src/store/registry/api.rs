@@ -155,6 +155,8 @@ impl Api {
         let retry = self.host.retry();
         let mut headers = HeaderMap::new();
         headers.insert(ACCEPT, HeaderValue::from_static("application/json"));
+        // Otherwise Harbor takes the name of a project that consists of digits for an ID.
+        headers.insert("x-is-resource-name", HeaderValue::from_static("true"));
         if body.is_some() {
             let json = HeaderValue::from_static("application/json");
             headers.insert(CONTENT_TYPE, json);

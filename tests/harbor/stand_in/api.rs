@@ -115,7 +115,18 @@ impl State {
                 self.labels(request, who.as_deref(), rest)
             }
             (_, ["projects", name, rest @ ..]) => {
-                let (name, who) = ((*name).to_owned(), who.map(str::to_owned));
+                let (mut name, who) = ((*name).to_owned(), who.map(str::to_owned));
+                // Repositories are in named projects always.
+                if request.header("x-is-resource-name") != "true"
+                    && rest.first() != Some(&"repositories")
+                    && let Ok(id) = name.parse::<u64>()
+                {
+                    let mut projects = self.projects.iter();
+                    let Some((found, _)) = projects.find(|(_, project)| project.id == id) else {
+                        return missing(&format!("project {id}"));
+                    };
+                    name.clone_from(found);
+                }
                 self.in_project(request, who.as_deref(), &name, rest)
             }
             _ => missing("it"),
