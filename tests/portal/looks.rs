@@ -35,6 +35,7 @@ fn populate(standin: &Standin) {
     world.images[2].shared = vec!["jun".to_owned()];
     crate::packages::populate(&mut world);
     crate::timeline::populate(&mut world);
+    crate::autosave::populate(&mut world);
     crate::packages::list_all(&mut world);
     world.end_session(true);
     let mut lent = world.image("survey", &["v3"], Category::Cpu, 3_000_000_000, 50, None);
@@ -85,6 +86,7 @@ fn steps(browser: &Browser, standin: &Standin, each: &mut dyn FnMut(&str) -> Out
 /// The question before an image is replaced.
 fn second_save(browser: &Browser, each: &mut dyn FnMut(&str) -> Outcome) -> Outcome {
     browser.click("article .opener")?;
+    browser.see("table-3.csv")?;
     browser.click("article .field input")?;
     browser.keys("pytorch-lora\u{e004}2026-11-20")?;
     browser.click("article button.main")?;

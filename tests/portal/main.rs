@@ -4,6 +4,7 @@
     reason = "what a test's helpers unwrap fails the test, as it should"
 )]
 
+mod autosave;
 mod browser;
 mod calls;
 mod delivery;

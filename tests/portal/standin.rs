@@ -25,9 +25,9 @@ use upperdeck::service::job::{
 };
 use upperdeck::service::manager::api::Replace;
 use upperdeck::service::manager::api::{
-    ExistingImage, ImageChange, ImageFate, ImageState, ImageTag, ImageView, Images, Me, NodeView,
-    Nodes, Problem, Progress, Quota, Save, SaveError, SaveRequest, Saves, SessionEndView,
-    SessionView, Sessions, Warning, Which,
+    AutosaveSetting, ExistingImage, ImageChange, ImageFate, ImageState, ImageTag, ImageView,
+    Images, Me, NodeView, Nodes, Problem, Progress, Quota, Save, SaveError, SaveRequest, Saves,
+    SessionEndView, SessionView, Sessions, Warning, Which,
 };
 use upperdeck::service::manager::auth::Via;
 use upperdeck::service::record::MadeBy;
@@ -67,6 +67,8 @@ pub struct World {
     pub asked: Vec<SaveRequest>,
     /// Lists of packages by `ID` of a session or save, or `ID since ID`.
     pub packages: HashMap<String, Packages>,
+    /// The settings for autosaves as received; the default is the one of a request that removes them.
+    pub settings: Vec<AutosaveSetting>,
     keys: HashMap<String, JobId>,
 }
 
@@ -206,6 +208,7 @@ impl World {
             mute: false,
             asked: vec![],
             packages: HashMap::new(),
+            settings: vec![],
             keys: HashMap::new(),
         };
         world.images = vec![
@@ -983,6 +986,10 @@ fn routes(world: Shared) -> Router {
             get(async || Json(serde_json::json!({"token": true}))),
         )
         .route("/sessions", get(sessions))
+        .route(
+            "/sessions/{id}/autosave",
+            axum::routing::put(crate::autosave::set).delete(crate::autosave::clear),
+        )
         .route("/sessions/{id}/timeline", get(crate::timeline::list))
         .route("/saves", get(saves).post(save))
         .route("/saves/{id}", get(check).delete(cancel))

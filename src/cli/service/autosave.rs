@@ -69,7 +69,8 @@ async fn find(client: &Client, text: &str) -> anyhow::Result<SessionView> {
     }
 }
 
-fn is_meant(session: &SessionView, which: &Which) -> bool {
+/// Returns whether an argument means a session: by its ID or the beginning of it, by its name, or by its pod.
+pub(super) fn is_meant(session: &SessionView, which: &Which) -> bool {
     match which {
         Which::Id(id) => {
             let named = session.pod.is_none() && session.container.as_ref() == Some(id);

@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 
+use super::autosave::is_meant;
 use super::client::Client;
 use super::words::{age, which};
 use crate::cli::args::service::JobTimeline;
@@ -31,20 +32,13 @@ pub(super) async fn run(client: &Client, args: JobTimeline) -> anyhow::Result<()
 ///
 /// Fails if a pod is named that has no container in the caller's list, or several.
 async fn session_id(client: &Client, which: Which) -> anyhow::Result<String> {
-    let (namespace, pod, container) = match which {
-        Which::Id(id) => return Ok(id),
-        Which::Pod {
-            namespace,
-            pod,
-            container,
-        } => (namespace, pod, container),
+    let (namespace, pod) = match &which {
+        Which::Id(id) => return Ok(id.clone()),
+        Which::Pod { namespace, pod, .. } => (namespace, pod),
     };
     let query = [("namespace", namespace.clone())];
     let mut found: Sessions = client.get("sessions", &query).await?;
-    found.sessions.retain(|session| {
-        session.pod.as_ref() == Some(&pod)
-            && (container.is_none() || session.container == container)
-    });
+    found.sessions.retain(|session| is_meant(session, &which));
     if found.sessions.iter().any(|session| session.ended.is_none()) {
         found.sessions.retain(|session| session.ended.is_none());
     }

@@ -36,6 +36,7 @@ export function autosave(first) {
     if (document.activeElement !== keep) keep.value = policy ? String(policy.keep) : "";
     fill(why, [
       policy ? t(`autosave.from.${policy.from}`) : t("autosave.none"),
+      policy ? t("autosave.if") : null,
       policy?.last ? sentence("autosave.last", { time: when(policy.last) }) : null,
       policy?.waits_for ? sentence("autosave.waits", { reason: named(policy.waits_for, { lang: "en" }) }) : null,
     ].filter(Boolean).map((part) => element("span", {}, part)));
@@ -73,7 +74,7 @@ export function autosave(first) {
   return {
     element: block,
     update(session) {
-      block.hidden = !("autosave" in session);
+      block.hidden = !("autosave" in session) || !session.owner || Boolean(session.ended);
       // What is being chosen is not taken away.
       if (!block.hidden && !busy && document.activeElement !== select) show(session.autosave);
     },
