@@ -20,7 +20,7 @@ struct Told {
     base: &'static str,
 }
 
-fn pip(packages: &[(&str, &str)]) -> Option<Packages> {
+fn pip(packages: &[(&str, &str)]) -> Packages {
     let added = packages.iter().map(|(name, version)| PackageChange {
         manager: Manager::Pip,
         name: (*name).to_owned(),
@@ -29,10 +29,10 @@ fn pip(packages: &[(&str, &str)]) -> Option<Packages> {
         previous: None,
         location: "site-packages".to_owned(),
     });
-    Some(Packages {
+    Packages {
         packages: added.collect(),
         ..Packages::default()
-    })
+    }
 }
 
 /// Finishes the save that was asked for last, as a node would.
@@ -116,7 +116,7 @@ async fn saves_are_listed_with_what_changed_and_what_became_of_them() -> Outcome
         bytes: 7,
     };
     let told = Told {
-        packages: pip(&[("numpy", "2.0"), ("rich", "13")]),
+        packages: Some(pip(&[("numpy", "2.0"), ("rich", "13")])),
         base: "scipy:1",
         ..Told::default()
     };
@@ -130,14 +130,14 @@ async fn saves_are_listed_with_what_changed_and_what_became_of_them() -> Outcome
         largest: vec![largest("/home/a\u{1b}[31m"); 1000],
     };
     let told = Told {
-        packages: pip(&[("numpy", "2.1"), ("httpx", "0.27")]),
+        packages: Some(pip(&[("numpy", "2.1"), ("httpx", "0.27")])),
         changes: Some(changes),
         base: "scipy:1",
     };
     let second = save(work, (Who::Alice, 1), ("mine", "v2"), told).await?;
     // Of another base, whose packages are not comparable.
     let told = Told {
-        packages: pip(&[("numpy", "2.1")]),
+        packages: Some(pip(&[("numpy", "2.1")])),
         base: "scipy:2",
         ..Told::default()
     };

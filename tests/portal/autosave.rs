@@ -1,5 +1,7 @@
 //! The setting of a session about autosaves, as the page shows and changes it.
 
+#![allow(clippy::result_large_err, reason = "a refusal is a response, too")]
+
 use axum::Json;
 use axum::extract::{Path, State as Given};
 use axum::http::HeaderMap;

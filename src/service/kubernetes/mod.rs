@@ -104,12 +104,13 @@ mod tests {
         let url = format!("http://{}", listener.local_addr()?);
         let server = tokio::spawn(async move {
             let (mut client, _) = listener.accept().await?;
-            client.read(&mut [0; 4096]).await?;
+            let _ = client.read(&mut [0; 4096]).await?;
             let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n\"";
             client.write_all(head.as_bytes()).await?;
             // Until the client hangs up.
+            let more = vec![b'x'; 1 << 16];
             loop {
-                client.write_all(&[b'x'; 1 << 16]).await?;
+                client.write_all(&more).await?;
             }
             #[allow(unreachable_code, reason = "the type of the task")]
             Ok::<(), std::io::Error>(())

@@ -297,7 +297,9 @@ async fn status(app: &App, save: &Save, before: SaveStatus) -> Result<SaveStatus
             if let Ok(key) = HeaderValue::from_str(&uid) {
                 headers.insert("idempotency-key", key);
             }
-            match accept(app, &caller(save), Some(&reach), &headers, request(save)).await {
+            let caller = caller(save);
+            let accepted = accept(app, &caller, Some(&reach), &headers, request(save));
+            match Box::pin(accepted).await {
                 Ok(found) => found,
                 Err(refusal) => return Ok(refused(save, before, &refusal)),
             }
@@ -431,7 +433,8 @@ async fn cancel_save(app: &App, save: record::Save) {
         return;
     }
     let (id, caller) = (save.id, save.caller.clone());
-    if let Err(refusal) = cancel::cancel_save(app, &caller, save).await {
+    let cancelled = Box::pin(cancel::cancel_save(app, &caller, save));
+    if let Err(refusal) = cancelled.await {
         tracing::debug!(job = %id, problem = refusal.problem().code, "the save of a deleted resource is not cancelled");
     }
 }
