@@ -99,6 +99,7 @@ impl Pod {
     }
 
     /// Returns what an annotation of the pod says, or else the label with the same name.
+    #[cfg(feature = "service")]
     pub(crate) fn said(&self, key: &str) -> Option<&str> {
         let annotated = self.annotations.get(key);
         let said = annotated.or_else(|| self.labels.get(key));
