@@ -108,7 +108,13 @@ fn what_changes_is_saved_by_itself_and_what_does_not_is_not() -> Result<()> {
             last = list().unwrap_or_default();
             is(&last)
         })
-        .with_context(|| format!("{last}\n{}\n{}", service.log("manager"), service.log("agent")))?;
+        .with_context(|| {
+            format!(
+                "{last}\n{}\n{}",
+                service.log("manager"),
+                service.log("agent")
+            )
+        })?;
         Ok(last.clone())
     };
     let succeeded = |listed: &Value, made_by: &str| {
@@ -120,10 +126,22 @@ fn what_changes_is_saved_by_itself_and_what_does_not_is_not() -> Result<()> {
     wait("an autosave", &|listed| succeeded(listed, "autosave") > 0)?;
 
     // A save by hand, whether an autosave is open at that moment or not.
-    let words = ["job", "submit", "--watch", "--progress", "none", "busy", "mine:now"];
+    let words = [
+        "job",
+        "submit",
+        "--watch",
+        "--progress",
+        "none",
+        "busy",
+        "mine:now",
+    ];
     let by_hand = service.output(Some("alice"), &words)?;
     let message = String::from_utf8_lossy(&by_hand.stderr);
-    ensure!(by_hand.status.success(), "{message}\n{}", service.log("manager"));
+    ensure!(
+        by_hand.status.success(),
+        "{message}\n{}",
+        service.log("manager")
+    );
     let listed = list()?;
     assert_eq!(succeeded(&listed, "user"), 1, "{listed}");
 
@@ -143,15 +161,20 @@ fn what_changes_is_saved_by_itself_and_what_does_not_is_not() -> Result<()> {
     assert_eq!(deleted["image"]["caller"], "upperdeck:auto", "{deleted}");
     let tags = registry.tags("sessions/alice/busy");
     let tag = deleted["tag"].as_str().unwrap_or_default();
-    ensure!(tag.starts_with("auto-20") && !tags.iter().any(|one| one == tag), "{tag}: {tags:?}");
+    ensure!(
+        tag.starts_with("auto-20") && !tags.iter().any(|one| one == tag),
+        "{tag}: {tags:?}"
+    );
     ensure!(registry.tags("sessions/alice/mine") == ["now"]);
-    let kept = saves.iter().find(|save| {
-        save["made_by"] == "autosave" && save["image"]["state"] == "tagged"
-    });
+    let kept = saves
+        .iter()
+        .find(|save| save["made_by"] == "autosave" && save["image"]["state"] == "tagged");
     let kept = kept.context("none is kept")?;
     let reference = kept["target"].as_str().unwrap_or_default();
     let rootfs = unpack(&scratch, reference)?;
-    let count: u64 = fs::read_to_string(rootfs.join("home/researcher/count"))?.trim().parse()?;
+    let count: u64 = fs::read_to_string(rootfs.join("home/researcher/count"))?
+        .trim()
+        .parse()?;
     ensure!(count > 0, "{count}");
 
     // What its engine wrote when it was started is no change.
@@ -159,7 +182,9 @@ fn what_changes_is_saved_by_itself_and_what_does_not_is_not() -> Result<()> {
     ensure!(idle == 0, "{listed}");
     let sessions = service.ask(Some("alice"), &["job", "sessions", "--format", "json"])?;
     let session = sessions.as_array().into_iter().flatten();
-    let session = session.into_iter().find(|session| session["container"] == "idle");
+    let session = session
+        .into_iter()
+        .find(|session| session["container"] == "idle");
     let session = session.context("idle is not listed")?;
     assert_eq!(session["next"]["entries"], 0, "{session}");
     assert_eq!(session["autosave"]["from"], "administrator", "{session}");
