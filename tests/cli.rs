@@ -513,6 +513,7 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
     let remove = text(&upperdeck(&["image", "rm", "--help"])?.stdout);
     let prune = text(&upperdeck(&["image", "prune", "--help"])?.stdout);
     let submit = text(&upperdeck(&["job", "submit", "--help"])?.stdout);
+    let autosave = text(&upperdeck(&["job", "autosave", "--help"])?.stdout);
     let manager = text(&upperdeck(&["manager", "--help"])?.stdout);
     let agent = text(&upperdeck(&["agent", "--help"])?.stdout);
     let up = text(&upperdeck(&["up", "--help"])?.stdout);
@@ -536,7 +537,7 @@ fn the_documentation_says_what_the_program_does() -> Outcome {
             foreign
                 || [
                     &help, &commit, &layer, &validate, &inspect, &ps, &bench, &list, &remove,
-                    &prune, &submit, &manager, &agent, &up, &doctor, &setup, &kubectl,
+                    &prune, &submit, &autosave, &manager, &agent, &up, &doctor, &setup, &kubectl,
                 ]
                 .iter()
                 .any(|text| text.contains(flag)),

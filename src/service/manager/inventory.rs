@@ -355,6 +355,7 @@ pub(super) async fn sessions(
         .open_saves()
         .await?
         .into_iter()
+        .filter(|open| !open.autosave)
         .map(|open| (open.session, open.id))
         .collect();
     let now = now_ms();
