@@ -122,7 +122,7 @@ pub(super) fn brief(autosave: Option<&SessionAutosave>) -> String {
     format!("{}{waits}", every(autosave.policy.every_minutes))
 }
 
-fn policy_text(policy: &AutosavePolicy) -> String {
+fn policy_text(policy: AutosavePolicy) -> String {
     format!(
         "every {}, keep {}",
         every(policy.every_minutes),
@@ -145,7 +145,7 @@ fn settings_text(settings: &AutosaveSettings) -> String {
         Some(_) => "-".to_owned(),
     };
     let at_end = settings.own.and_then(|own| own.save_on_end);
-    let default = settings.default.as_ref();
+    let default = settings.default;
     let default = default.map_or_else(|| "off".to_owned(), policy_text);
     format!(
         "own       {own}\ndefault   {default}\nminimum   {}\nat end    {}\n",
@@ -165,7 +165,7 @@ fn in_force_text(in_force: &AutosaveInForce, now: Timestamp) -> String {
     };
     let mut text = format!(
         "autosave  {}\nset by    {}\n",
-        policy_text(&autosave.policy),
+        policy_text(autosave.policy),
         api_name(&autosave.from)
     );
     if let Some(last) = &autosave.last {
