@@ -51,6 +51,8 @@ async fn an_end_is_told_at_once_and_what_ended_is_saved() -> Result<()> {
         exit_code: Some(137),
         out_of_memory: true,
         save: true,
+        by_pod: false,
+        settled: true,
     };
     assert_eq!(ended.ended, Some(end));
     assert_eq!(ended.owner, running.owner);

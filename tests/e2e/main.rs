@@ -8,6 +8,7 @@ mod support;
 mod browser;
 
 mod alone;
+mod autosave;
 mod bad_input;
 mod base_lost;
 mod consumers;

@@ -221,6 +221,14 @@ async fn a_save_by_hand_goes_before_an_autosave_of_the_session() -> Outcomes {
     let at = manager.address;
     let two = |shown: &Value| list(shown, "saves").len() == 2;
     until(at, Who::Alice, "/api/v1/saves?state=open", two).await?;
+    let sessions = get(at, Who::Alice, "/api/v1/sessions").await?;
+    for session in list(&sessions, "sessions") {
+        assert_eq!(
+            session["save"],
+            Value::Null,
+            "nothing is in the way of a save"
+        );
+    }
     // One runs, the other one waits.
     let running = agent.claim().await?;
     agent.begin(&running).await?;

@@ -13,6 +13,7 @@ fn ended(n: usize, owner: Option<&str>, save: bool) -> Session {
         exit_code: Some(137),
         out_of_memory: true,
         save,
+        ..SessionEnd::default()
     };
     Session {
         ended: Some(end),
@@ -172,5 +173,78 @@ async fn a_session_is_saved_by_itself_once_for_each_end() -> Outcomes {
     until(at, Who::Alice, "/api/v1/saves?state=succeeded", all(3)).await?;
     let saves = get(at, Who::Administrator, "/api/v1/saves").await?;
     assert!(all(3)(&saves), "{saves}");
+    manager.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_decides_what_is_saved_when_it_ends_unless_the_pod_says_so() -> Outcomes {
+    let (_site, manager, agent) = Site::at_work(&[session(1, Some("alice"))]).await?;
+    let at = manager.address;
+    let path = "/api/v1/autosave";
+    let put = async |who, body: Value| ask(at, who, Method::PUT, path, Some(body)).await;
+    let (status, body) = put(Who::Alice, json!({"save_on_end": "failure"})).await?;
+    assert_eq!(
+        (status, &body["own"]),
+        (StatusCode::OK, &json!({"save_on_end": "failure"}))
+    );
+    let (_, body) = put(Who::Bob, json!({"off": true, "save_on_end": "never"})).await?;
+    assert_eq!(body["own"], json!({"off": true, "save_on_end": "never"}));
+    let of_session = format!("/api/v1/sessions/{}/autosave", id(1));
+    let body = json!({"off": true, "save_on_end": "always"});
+    let (status, problem) = ask(at, Who::Alice, Method::PUT, &of_session, Some(body)).await?;
+    assert_eq!(
+        (status, &problem["field"]),
+        (StatusCode::UNPROCESSABLE_ENTITY, &json!("save_on_end"))
+    );
+    let (status, _) = put(Who::Alice, json!({"save_on_end": "perhaps"})).await?;
+    assert!(status.is_client_error(), "{status}");
+
+    let now = |n, owner, save, by_pod, exit_code| {
+        let end = SessionEnd {
+            at_ms: Some(now_ms() + 1000),
+            exit_code: Some(exit_code),
+            save,
+            by_pod,
+            settled: true,
+            ..SessionEnd::default()
+        };
+        Session {
+            ended: Some(end),
+            ..session(n, Some(owner))
+        }
+    };
+    let before = ended(2, Some("alice"), false);
+    let all = [
+        before,
+        now(3, "alice", false, false, 1),
+        now(4, "alice", false, false, 0),
+        now(5, "alice", false, true, 1),
+        now(6, "bob", true, false, 1),
+        now(7, "bob", true, true, 1),
+    ];
+    agent.heartbeat(&all).await?;
+    let both = |shown: &Value| {
+        let saves = shown["saves"].as_array().into_iter().flatten();
+        let mut of: Vec<&str> = saves.filter_map(|save| save["session"].as_str()).collect();
+        of.sort_unstable();
+        of == [id(3), id(7)]
+    };
+    let saves = until(at, Who::Administrator, "/api/v1/saves", both).await?;
+    assert_eq!(saves["saves"][0]["made_by"], "end");
+    let shown = get(at, Who::Administrator, "/api/v1/sessions").await?;
+    for session in shown["sessions"].as_array().into_iter().flatten() {
+        let saved = session["id"] == id(3) || session["id"] == id(7);
+        assert_eq!(session["ended"]["save"], saved, "{session}");
+    }
+    // Once, and nothing else in the rounds after that: the one that ended now is the last.
+    let later = [&all[..], &[now(8, "alice", false, false, 1)]].concat();
+    agent.heartbeat(&later).await?;
+    until(at, Who::Administrator, "/api/v1/saves", |shown| {
+        let saves = shown["saves"].as_array();
+        saves.is_some_and(|saves| saves.iter().any(|save| save["session"] == id(8)))
+    })
+    .await?;
+    let saves = get(at, Who::Administrator, "/api/v1/saves").await?;
+    assert_eq!(saves["saves"].as_array().map(Vec::len), Some(3), "{saves}");
     manager.stop().await
 }

@@ -216,6 +216,7 @@ impl Chaos {
         let order = Order {
             destination: format!("{host}/{user}/x:y"),
             expires_ms: i64::MAX,
+            autosave: self.rng.random_bool(0.3),
             ..order(node, user)
         };
         self.record.accept(&order);

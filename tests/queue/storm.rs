@@ -10,7 +10,7 @@ use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 use redis::{Value, cmd};
 use tokio::task::JoinHandle;
-use upperdeck::service::job::{JobId, Outcome as Ending, Update};
+use upperdeck::service::job::{JobId, Order, Outcome as Ending, Update};
 use upperdeck::service::queue::{Claim, ClaimState, Error, Limits, Queue, Settings};
 
 use crate::record::{Record, Where};
@@ -270,13 +270,12 @@ async fn everything_dies_while_everybody_works() -> Outcome {
         for _ in 0..storm.rng.random_range(0..12) {
             let node = format!("n{}", storm.rng.random_range(0..NODES));
             let user = ["ada", "bob", "cyd", "dan", "eve"][storm.rng.random_range(0..5)];
+            let order = Order {
+                autosave: storm.rng.random_bool(0.3),
+                ..order(&node, user)
+            };
             // In the record first; the managers offer what the queue does not know.
-            storm
-                .kept
-                .record
-                .lock()
-                .unwrap()
-                .accept(&order(&node, user));
+            storm.kept.record.lock().unwrap().accept(&order);
             accepted += 1;
         }
         storm.blow().await?;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use upperdeck::service::job::State;
+use upperdeck::service::job::{SaveEnded, State};
 use upperdeck::service::record::{AutosaveSetting, MadeBy, Record, Save, Submitted, UserLimits};
 
 use super::{Outcomes, POLICY, accept, done, failed, on_both, report, save};
@@ -183,6 +183,37 @@ fn an_autosave_is_known_until_its_tag_is_gone_and_not_for_ever_after_that() -> O
         assert!(record.save(one.id).await?.is_none());
         assert!(record.save(by_hand.id).await?.is_none());
         assert_eq!(known().await?, [two.id]);
+        Ok(())
+    })
+}
+
+#[test]
+fn what_a_user_wants_at_the_end_of_sessions_holds_from_when_it_was_set() -> Outcomes {
+    on_both(async |place: String| {
+        let record = Record::open(&place).await?;
+        assert!(record.end_settings(&["alice"]).await?.is_empty());
+        let failure = Some(SaveEnded::Failure);
+        record.set_own("alice", None, failure).await?;
+        let first = record.end_settings(&["alice", "bob"]).await?;
+        assert_eq!(first.len(), 1);
+        assert_eq!(first["alice"].wanted, SaveEnded::Failure);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        // Set again with something else, it holds since then.
+        let set = AutosaveSetting {
+            every_minutes: Some(30),
+            keep: None,
+        };
+        record.set_own("alice", Some(&set), failure).await?;
+        assert_eq!(record.end_settings(&["alice"]).await?, first);
+        assert_eq!(record.autosave_settings(&["alice"]).await?.len(), 1);
+        let always = Some(SaveEnded::Always);
+        record.set_own("alice", None, always).await?;
+        let changed = record.end_settings(&["alice"]).await?;
+        assert_eq!(changed["alice"].wanted, SaveEnded::Always);
+        assert!(changed["alice"].since_ms > first["alice"].since_ms);
+        assert!(record.autosave_settings(&["alice"]).await?.is_empty());
+        record.set_own("alice", None, None).await?;
+        assert!(record.end_settings(&["alice"]).await?.is_empty());
         Ok(())
     })
 }

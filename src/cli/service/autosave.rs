@@ -8,6 +8,7 @@ use crate::cli::args::service::JobAutosave;
 use crate::cli::exit::Usage;
 use crate::cli::print::print;
 use crate::common::escape;
+use crate::service::job::SaveEnded;
 use crate::service::manager::api::{
     AutosaveInForce, AutosavePolicy, AutosaveSetting, AutosaveSettings, SessionAutosave,
     SessionView, Sessions, Which,
@@ -16,10 +17,19 @@ use crate::service::manager::api::{
 pub(super) async fn run(client: &Client, args: &JobAutosave) -> anyhow::Result<()> {
     let Some(text) = &args.session else {
         let path = "autosave";
-        let settings: AutosaveSettings = match setting(args) {
-            Some(setting) => client.put(path, &setting).await?,
-            None if args.default => client.delete(path).await?,
-            None => client.get(path, &[]).await?,
+        let now = async || client.get::<AutosaveSettings>(path, &[]).await;
+        let settings: AutosaveSettings = if args.default {
+            client.delete(path).await?
+        } else if setting(args).is_some() || args.save_on_end.is_some() {
+            // What is not named stays.
+            let own = now().await?.own.unwrap_or_default();
+            let merged = AutosaveSetting {
+                save_on_end: args.save_on_end.or(own.save_on_end),
+                ..setting(args).unwrap_or(own)
+            };
+            client.put(path, &merged).await?
+        } else {
+            now().await?
         };
         return print(args.format, &settings, settings_text);
     };
@@ -42,6 +52,7 @@ fn setting(args: &JobAutosave) -> Option<AutosaveSetting> {
         every_minutes: args.every,
         keep: args.keep,
         off: args.off,
+        save_on_end: None,
     })
 }
 
@@ -131,13 +142,16 @@ fn settings_text(settings: &AutosaveSettings) -> String {
             let keep = keep.map(|keep| format!(", keep {keep}"));
             format!("every {}{}", every(*minutes), keep.unwrap_or_default())
         }
-        Some(_) => "off".to_owned(),
+        Some(AutosaveSetting { off: true, .. }) => "off".to_owned(),
+        Some(_) => "-".to_owned(),
     };
+    let at_end = settings.own.and_then(|own| own.save_on_end);
     let default = settings.default;
     let default = default.map_or_else(|| "off".to_owned(), policy_text);
     format!(
-        "own       {own}\ndefault   {default}\nminimum   {}\n",
-        every(settings.min_minutes)
+        "own       {own}\ndefault   {default}\nminimum   {}\nat end    {}\n",
+        every(settings.min_minutes),
+        at_end.map_or("-", SaveEnded::name)
     )
 }
 
@@ -182,17 +196,18 @@ mod tests {
         };
         assert_eq!(
             settings_text(&settings),
-            "own       -\ndefault   off\nminimum   5m\n"
+            "own       -\ndefault   off\nminimum   5m\nat end    -\n"
         );
         settings.default = Some(policy(2880));
         settings.own = Some(AutosaveSetting {
             every_minutes: Some(90),
             keep: Some(3),
             off: false,
+            save_on_end: Some(SaveEnded::Failure),
         });
         assert_eq!(
             settings_text(&settings),
-            "own       every 90m, keep 3\ndefault   every 2d, keep 12\nminimum   5m\n"
+            "own       every 90m, keep 3\ndefault   every 2d, keep 12\nminimum   5m\nat end    failure\n"
         );
         let now: Timestamp = "2026-11-24T12:00:00Z".parse()?;
         let mut in_force = AutosaveInForce { autosave: None };

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::options::Options;
+use super::save_ended;
 use super::session::session;
 use crate::node::container::{self, Container, End, Problem};
 use crate::service::job::{Session, SessionEnd, now_ms};
@@ -129,6 +130,8 @@ impl EndedSessions {
         let at_ms = at_ms.map(jiff::Timestamp::as_millisecond);
         let settled =
             end.is_recorded() || noticed.is_some_and(|noticed| noticed.at.elapsed() >= SETTLE);
+        let wish = save_ended::wish(container);
+        let wanted = wish.unwrap_or(options.save_ended);
         let mut session = session(options, container);
         session.started_ms = started_ms
             .or(noticed.map(|noticed| noticed.started_ms))
@@ -140,7 +143,9 @@ impl EndedSessions {
             save: settled
                 && session.owner.is_some()
                 && !session.auxiliary
-                && options.save_ended.of(container).wants(end),
+                && wanted.wants(end.exit_code, end.out_of_memory),
+            by_pod: wish.is_some(),
+            settled,
         });
         session
     }
@@ -192,11 +197,12 @@ pub(super) fn mark(sessions: &[Session]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::save_ended::{SAVE_ON_END, SaveEnded};
+    use super::super::save_ended::SAVE_ON_END;
     use super::*;
     use crate::node::container::{Life, Pod};
     use crate::service::agent::OwnerRule;
     use crate::service::agent::kind::tests::container;
+    use crate::service::job::SaveEnded;
 
     fn ended(end: End) -> Container {
         Container {
@@ -301,6 +307,8 @@ mod tests {
             known.set(&options, listing(vec![it]));
             let told = known.sessions().next().cloned().unwrap_or_default();
             let wanted = told.ended.as_ref().is_some_and(|end| end.save);
+            let known = said.is_some_and(|(value, _)| value.parse::<SaveEnded>().is_ok());
+            assert_eq!(told.ended.as_ref().map(|end| end.by_pod), Some(known));
             assert_eq!(mark(&[told]).is_some(), wanted);
             wanted
         };

@@ -43,10 +43,10 @@ use stuck::StuckProcesses;
 use tokio_util::sync::CancellationToken;
 use watch::Watch;
 
+pub use crate::service::job::SaveEnded;
 pub(crate) use options::host_name;
 pub use options::{Allowed, AllowedError, Options, Registry};
 pub use owner::{OwnerRule, RuleError};
-pub use save_ended::SaveEnded;
 
 /// Why an agent does not start. A running agent ends only on request.
 #[derive(Debug, thiserror::Error)]

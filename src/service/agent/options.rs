@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use crate::node::background::DEFAULT_FLOOR_PERCENT;
 use crate::node::container::{Pattern, Roots};
+use crate::service::job::SaveEnded;
 use crate::service::queue::HEARTBEAT_EVERY;
 
 use super::owner::OwnerRule;
-use super::save_ended::SaveEnded;
 
 /// Default memory limit of a child in bytes: twice what the names and attributes of a tree may take (`--max-memory`),
 /// with a reserve for all threads.

@@ -4,6 +4,7 @@
 mod order;
 mod question;
 mod report;
+mod save_ended;
 mod seal;
 mod session;
 mod state;
@@ -13,6 +14,7 @@ pub use crate::save::event::{EVENT_VERSION, Event, Observer, Phase, WaitReason};
 pub use order::{JobId, Order, Replaces, SaveOptions};
 pub use question::{Answer, NextStep, Question, Verdict};
 pub use report::{Outcome, Report, Saved, Update};
+pub use save_ended::SaveEnded;
 pub use seal::{Keys, Message, SealError, Sealed};
 pub use session::{
     AutosaveWish, Category, Kind, Load, Look, NextSave, Node, Session, SessionEnd, Unsaved,

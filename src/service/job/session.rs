@@ -41,9 +41,15 @@ pub struct SessionEnd {
     pub exit_code: Option<i64>,
     /// Whether it ended because its memory was used up, according to its runtime.
     pub out_of_memory: bool,
-    /// Whether it is to be saved without being asked for.
+    /// Whether it is to be saved without being asked for, as its pod or else its node's administrator says.
     #[serde(default)]
     pub save: bool,
+    /// Whether the pod said so, which goes before what its user wants.
+    #[serde(default)]
+    pub by_pod: bool,
+    /// Whether no more will be known about its end.
+    #[serde(default)]
+    pub settled: bool,
 }
 
 /// A container that can be saved, with the properties that its node has verified.

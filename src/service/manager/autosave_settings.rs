@@ -45,13 +45,17 @@ fn checked(asked: &api::AutosaveSetting) -> Result<AutosaveSetting, Refusal> {
 async fn of_caller(app: &App, user: &str) -> Result<Json<AutosaveSettings>, Refusal> {
     let settings = app.record.autosave_settings(&[user]).await?;
     let own = settings.get(&(user.to_owned(), String::new()));
+    let at_end = app.record.end_settings(&[user]).await?;
+    let at_end = at_end.get(user).map(|set| set.wanted);
+    let is_set = own.is_some() || at_end.is_some();
     let defaults = &app.options.autosave;
     Ok(Json(AutosaveSettings {
         default: default_policy(defaults),
-        own: own.map(|set| api::AutosaveSetting {
-            every_minutes: set.every_minutes,
-            keep: set.keep,
-            off: set.every_minutes.is_none(),
+        own: is_set.then(|| api::AutosaveSetting {
+            every_minutes: own.and_then(|set| set.every_minutes),
+            keep: own.and_then(|set| set.keep),
+            off: own.is_some_and(|set| set.every_minutes.is_none()),
+            save_on_end: at_end,
         }),
         min_minutes: in_minutes(defaults.least),
     }))
@@ -69,7 +73,7 @@ pub(super) async fn autosave(
     of_caller(&app, caller.require_user()?).await
 }
 
-/// Sets when the caller's sessions are saved without being asked for.
+/// Sets when the caller's sessions are saved without being asked for, in place of what was set before.
 ///
 /// What is set for one session, and the annotation or label `upperdeck.io/autosave` of its pod, go before it; it goes before
 /// what the administrator set.
@@ -84,8 +88,17 @@ pub(super) async fn set_autosave(
     Body(asked): Body<api::AutosaveSetting>,
 ) -> Result<Json<AutosaveSettings>, Refusal> {
     let user = caller.require_user()?;
-    let setting = checked(&asked)?;
-    app.record.set_autosave(user, "", Some(&setting)).await?;
+    let only_at_end = asked
+        == api::AutosaveSetting {
+            save_on_end: asked.save_on_end,
+            ..api::AutosaveSetting::default()
+        };
+    let setting = match asked.save_on_end {
+        Some(_) if only_at_end => None,
+        _ => Some(checked(&asked)?),
+    };
+    let at_end = asked.save_on_end;
+    app.record.set_own(user, setting.as_ref(), at_end).await?;
     of_caller(&app, user).await
 }
 
@@ -99,7 +112,7 @@ pub(super) async fn unset_autosave(
     caller: Caller,
 ) -> Result<Json<AutosaveSettings>, Refusal> {
     let user = caller.require_user()?;
-    app.record.set_autosave(user, "", None).await?;
+    app.record.set_own(user, None, None).await?;
     of_caller(&app, user).await
 }
 
@@ -148,6 +161,12 @@ pub(super) async fn set_session_autosave(
     Path(id): Path<String>,
     Body(asked): Body<api::AutosaveSetting>,
 ) -> Result<Json<AutosaveInForce>, Refusal> {
+    if asked.save_on_end.is_some() {
+        return Err(Refusal::invalid(
+            "save_on_end",
+            "it is set for all sessions, not for one",
+        ));
+    }
     let setting = checked(&asked)?;
     change_session(&app, &caller, id, Some(&setting)).await
 }

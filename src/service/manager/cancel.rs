@@ -23,7 +23,7 @@ pub(super) async fn cancel_because(
     let gone = || Refusal::not_found("there is no such save");
     let wanted = app
         .record
-        .change(save.id, caller, |draft| draft.request_cancel_because(why))
+        .change(save.id, caller, |draft| draft.request_cancel(why))
         .await?
         .ok_or_else(gone)?;
     let (mut save, wanted) = wanted;

@@ -19,7 +19,7 @@ use super::names::{session_name, suggested_name, suggested_tag};
 use super::paging::{Listed, MAX_LIMIT, PageQuery, cut, limit};
 use super::refusal::Refusal;
 use super::time::rfc3339;
-use super::{App, autosave};
+use super::{App, autosave, end_wishes};
 use crate::common::pod;
 use crate::service::job::{JobId, Node, Session, now_ms};
 use crate::service::queue::{self, HEARTBEAT_LOST, Queue};
@@ -355,6 +355,7 @@ pub(super) async fn sessions(
         .open_saves()
         .await?
         .into_iter()
+        .filter(|open| !open.autosave)
         .map(|open| (open.session, open.id))
         .collect();
     let now = now_ms();
@@ -369,6 +370,7 @@ pub(super) async fn sessions(
     let reach = Reach::of(&app, &caller, all.iter().copied()).await?;
     all.retain(|session| reach.covers(&caller, session));
     let mut autosaves = autosave::views(&app, &all).await?;
+    let end_wishes = end_wishes::of(&app, all.iter().copied()).await?;
     let sessions = all
         .into_iter()
         .map(|session| SessionView {
@@ -387,7 +389,7 @@ pub(super) async fn sessions(
                 at: end.at_ms.map(rfc3339),
                 exit_code: end.exit_code,
                 out_of_memory: end.out_of_memory,
-                save: end.save,
+                save: end_wishes::is_wanted(&end_wishes, session),
             }),
             upper_bytes: session.upper_bytes,
             upper_entries: session.upper_entries,

@@ -16,6 +16,7 @@ mod cors;
 mod deletion;
 mod describe;
 mod docs;
+mod end_wishes;
 mod events;
 mod extract;
 mod feed;

@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use sqlx::Row as _;
+use sqlx::{Any, Row as _, Transaction};
 
 use super::save::{AUTOSAVE, AutosaveSetting};
 use super::{Error, Record, id_of, places, state_of};
-use crate::service::job::{JobId, State, now_ms};
+use crate::service::job::{JobId, SaveEnded, State, now_ms};
 
 /// Maximum number of sessions or users per query.
 const BATCH: usize = 200;
@@ -15,6 +15,15 @@ const MAX_SETTINGS: i64 = 1000;
 /// Whether the tag that a save wrote names another image by now, or none, as a condition on `saves`.
 pub(super) const TAG_LOST: &str = "EXISTS (SELECT 1 FROM removed WHERE removed.destination = saves.destination \
     AND removed.at_ms >= saves.changed_ms)";
+
+/// Which of their sessions a user wants to be saved when they end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndSetting {
+    /// Which.
+    pub wanted: SaveEnded,
+    /// Since when: milliseconds since the epoch, UTC.
+    pub since_ms: i64,
+}
 
 /// The save of a session that ended last, among those that succeeded and the autosaves.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,7 +80,7 @@ impl Record {
         Ok(settings)
     }
 
-    /// Sets what a user wants for sessions with a name, or with an empty name for all; `None`: nothing.
+    /// Sets what a user wants for sessions with a name; `None`: nothing.
     pub async fn set_autosave(
         &self,
         user: &str,
@@ -79,36 +88,64 @@ impl Record {
         setting: Option<&AutosaveSetting>,
     ) -> Result<(), Error> {
         let mut work = self.begin().await?;
-        sqlx::query("DELETE FROM autosave_settings WHERE user_name = $1 AND session_name = $2")
-            .bind(user)
-            .bind(name)
-            .execute(&mut *work)
-            .await?;
-        if let Some(setting) = setting {
-            sqlx::query(
-                "INSERT INTO autosave_settings (user_name, session_name, every_minutes, keep, changed_ms)
-                 VALUES ($1, $2, $3, $4, $5) ON CONFLICT (user_name, session_name) DO UPDATE SET
-                 every_minutes = excluded.every_minutes, keep = excluded.keep, changed_ms = excluded.changed_ms",
-            )
-            .bind(user)
-            .bind(name)
-            .bind(i64::from(setting.every_minutes.unwrap_or(0)))
-            .bind(i64::from(setting.keep.unwrap_or(0)))
-            .bind(now_ms())
-            .execute(&mut *work)
-            .await?;
-            sqlx::query(
-                "DELETE FROM autosave_settings WHERE user_name = $1 AND session_name IN (
-                     SELECT session_name FROM autosave_settings WHERE user_name = $1 AND session_name <> ''
-                     ORDER BY changed_ms DESC, session_name LIMIT $2 OFFSET $2)",
-            )
-            .bind(user)
-            .bind(MAX_SETTINGS)
-            .execute(&mut *work)
-            .await?;
+        set(&mut work, user, name, setting).await?;
+        work.commit().await?;
+        Ok(())
+    }
+
+    /// Sets what a user wants for all sessions: about autosaves, and when they end; `None`: nothing.
+    pub async fn set_own(
+        &self,
+        user: &str,
+        setting: Option<&AutosaveSetting>,
+        at_end: Option<SaveEnded>,
+    ) -> Result<(), Error> {
+        let mut work = self.begin().await?;
+        set(&mut work, user, "", setting).await?;
+        match at_end {
+            None => {
+                sqlx::query("DELETE FROM end_settings WHERE user_name = $1")
+                    .bind(user)
+                    .execute(&mut *work)
+                    .await?;
+            }
+            Some(wanted) => {
+                sqlx::query(
+                    "INSERT INTO end_settings (user_name, wanted, changed_ms) VALUES ($1, $2, $3)
+                     ON CONFLICT (user_name) DO UPDATE SET wanted = excluded.wanted, changed_ms =
+                     CASE WHEN end_settings.wanted = excluded.wanted THEN end_settings.changed_ms
+                     ELSE excluded.changed_ms END",
+                )
+                .bind(user)
+                .bind(wanted.name())
+                .bind(now_ms())
+                .execute(&mut *work)
+                .await?;
+            }
         }
         work.commit().await?;
         Ok(())
+    }
+
+    /// Returns which of their sessions these users want to be saved when they end.
+    pub async fn end_settings(&self, users: &[&str]) -> Result<HashMap<String, EndSetting>, Error> {
+        let mut settings = HashMap::new();
+        for users in users.chunks(BATCH) {
+            let text = format!(
+                "SELECT user_name, wanted, changed_ms FROM end_settings WHERE user_name IN ({})",
+                places(1, users.len())
+            );
+            let query = sqlx::query(&text);
+            let query = users.iter().fold(query, |query, user| query.bind(*user));
+            for row in query.fetch_all(&self.pool).await? {
+                // That of a newer program counts as none.
+                if let Ok(wanted) = row.try_get::<String, _>("wanted")?.parse() {
+                    let since_ms = row.try_get("changed_ms")?;
+                    settings.insert(row.try_get("user_name")?, EndSetting { wanted, since_ms });
+                }
+            }
+        }
+        Ok(settings)
     }
 
     /// Returns the save of each session that ended last, among those that succeeded and the autosaves.
@@ -198,4 +235,42 @@ impl Record {
             })
             .collect()
     }
+}
+
+async fn set(
+    work: &mut Transaction<'static, Any>,
+    user: &str,
+    name: &str,
+    setting: Option<&AutosaveSetting>,
+) -> Result<(), Error> {
+    let Some(setting) = setting else {
+        sqlx::query("DELETE FROM autosave_settings WHERE user_name = $1 AND session_name = $2")
+            .bind(user)
+            .bind(name)
+            .execute(&mut **work)
+            .await?;
+        return Ok(());
+    };
+    sqlx::query(
+        "INSERT INTO autosave_settings (user_name, session_name, every_minutes, keep, changed_ms)
+         VALUES ($1, $2, $3, $4, $5) ON CONFLICT (user_name, session_name) DO UPDATE SET
+         every_minutes = excluded.every_minutes, keep = excluded.keep, changed_ms = excluded.changed_ms",
+    )
+    .bind(user)
+    .bind(name)
+    .bind(i64::from(setting.every_minutes.unwrap_or(0)))
+    .bind(i64::from(setting.keep.unwrap_or(0)))
+    .bind(now_ms())
+    .execute(&mut **work)
+    .await?;
+    sqlx::query(
+        "DELETE FROM autosave_settings WHERE user_name = $1 AND session_name IN (
+             SELECT session_name FROM autosave_settings WHERE user_name = $1 AND session_name <> ''
+             ORDER BY changed_ms DESC, session_name LIMIT $2 OFFSET $2)",
+    )
+    .bind(user)
+    .bind(MAX_SETTINGS)
+    .execute(&mut **work)
+    .await?;
+    Ok(())
 }

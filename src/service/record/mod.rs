@@ -32,7 +32,7 @@ use sqlx::{Any, AnyPool, Executor as _, Transaction};
 
 use crate::service::job::{JobId, State};
 
-pub use self::autosave::{LastSave, StoredAutosave};
+pub use self::autosave::{EndSetting, LastSave, StoredAutosave};
 pub use self::images::{Fate, ImageKey, Note, NoteChange};
 pub use self::mail::{MAILS_PER_DAY, MailSetting};
 pub use self::notice::{Audience, Notice};

@@ -246,6 +246,12 @@ const AUTOSAVES: &[&str] = &[
         changed_ms INT8 NOT NULL,
         PRIMARY KEY (user_name, session_name)
     )",
+    // Which of their sessions users want to be saved when they end, and since when.
+    "CREATE TABLE end_settings (
+        user_name TEXT PRIMARY KEY,
+        wanted TEXT NOT NULL,
+        changed_ms INT8 NOT NULL
+    )",
     // Of an autosave, the number of the latest ones of its session that are kept.
     "ALTER TABLE saves ADD COLUMN keep INT8 NOT NULL DEFAULT 0",
     "CREATE INDEX saves_by_session ON saves (session, changed_ms)",

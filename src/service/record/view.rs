@@ -78,6 +78,8 @@ pub struct OpenSave {
     pub session: String,
     /// The save.
     pub id: JobId,
+    /// Whether it is an autosave.
+    pub autosave: bool,
 }
 
 pub(super) async fn get(
@@ -138,7 +140,7 @@ impl Record {
     /// Returns the open saves with their sessions.
     pub async fn open_saves(&self) -> Result<Vec<OpenSave>, Error> {
         let rows = sqlx::query(
-            "SELECT id, session FROM saves WHERE state IN ('queued', 'assigned', 'running')",
+            "SELECT id, session, caller FROM saves WHERE state IN ('queued', 'assigned', 'running')",
         )
         .fetch_all(&self.pool)
         .await?;
@@ -147,6 +149,7 @@ impl Record {
                 Ok(OpenSave {
                     session: row.try_get("session")?,
                     id: id_of(&row.try_get::<String, _>("id")?)?,
+                    autosave: row.try_get::<String, _>("caller")? == AUTOSAVE,
                 })
             })
             .collect()

@@ -28,7 +28,8 @@ pub struct Service {
     redis: String,
     registry: String,
     state: PathBuf,
-    /// Further flags of the agent.
+    /// Further flags of the manager and of the agent.
+    manager_flags: Vec<String>,
     flags: Vec<String>,
 }
 
@@ -57,7 +58,22 @@ impl Service {
         registry: &Registry,
         flags: &[&str],
     ) -> Result<Self> {
-        let flags: Vec<String> = flags.iter().map(|flag| (*flag).to_owned()).collect();
+        Self::start_with(scratch, roots, redis, registry, &[], flags)
+    }
+
+    /// Starts the service with further flags of the manager and of the agent.
+    pub fn start_with(
+        scratch: &Scratch,
+        roots: &Roots,
+        redis: &Redis,
+        registry: &Registry,
+        manager_flags: &[&str],
+        flags: &[&str],
+    ) -> Result<Self> {
+        let owned = |flags: &[&str]| -> Vec<String> {
+            flags.iter().map(|flag| (*flag).to_owned()).collect()
+        };
+        let (manager_flags, flags) = (owned(manager_flags), owned(flags));
         let dir = scratch.dir("service")?;
         write_keys(&dir)?;
         fs::write(dir.join("portal"), PORTAL)?;
@@ -75,9 +91,10 @@ impl Service {
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let (redis, registry) = (redis.url(), registry.host.clone());
         let mut service = Self {
-            manager: Self::spawn_manager(&dir, roots, port, &redis, &registry)?,
+            manager: Self::spawn_manager(&dir, roots, port, &redis, &registry, &manager_flags)?,
             agent: Self::spawn_agent(&dir, roots, &redis, &registry, &flags)?,
             state: crate::save::state_dir(roots),
+            manager_flags,
             flags,
             dir,
             roots: roots.clone(),
@@ -95,6 +112,7 @@ impl Service {
         port: u16,
         redis: &str,
         registry: &str,
+        flags: &[String],
     ) -> Result<Daemon> {
         let mut manager = upperdeck_itself("manager", roots);
         manager
@@ -113,7 +131,8 @@ impl Service {
             .arg("--key-file")
             .arg(dir.join("key"))
             .arg("--tokens-file")
-            .arg(dir.join("tokens.toml"));
+            .arg(dir.join("tokens.toml"))
+            .args(flags);
         Daemon::start(&mut manager, dir.join("manager.log"))
     }
 
@@ -153,6 +172,7 @@ impl Service {
             self.port,
             &self.redis,
             &self.registry,
+            &self.manager_flags,
         )?;
         self.wait_ready()
     }

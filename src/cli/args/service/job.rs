@@ -12,7 +12,7 @@ use crate::cli::args::shared::{CONTENT, Format, METADATA, REPORT, Server};
 use crate::cli::args::value::{duration, key_value};
 use crate::cli::progress::Mode;
 use crate::save::Compression;
-use crate::service::job;
+use crate::service::job::{self, SaveEnded};
 use crate::service::manager::api::Replace;
 
 pub(super) const JOB_HELP: &str = "\
@@ -78,6 +78,8 @@ Examples:
   upperdeck job autosave jupyter/notebook-0 --every 1h --keep 24
       For this session, and later ones with the same name.
   upperdeck job autosave jupyter/notebook-0 --off
+  upperdeck job autosave --save-on-end failure
+      Whatever of yours ends badly is saved.
   upperdeck job autosave jupyter/notebook-0 --default
       As its pod, you for all sessions, or the administrator say.
 
@@ -241,6 +243,9 @@ pub(in crate::cli) struct JobAutosave {
     /// Remove what you set
     #[arg(long, conflicts_with_all = ["every", "off"])]
     pub(in crate::cli) default: bool,
+    /// Which of your sessions are saved when they end: never, failure (exit code other than 0, or out of memory) or always
+    #[arg(long, value_name = "WHEN", conflicts_with_all = ["session", "default"])]
+    pub(in crate::cli) save_on_end: Option<SaveEnded>,
     /// Output format
     #[arg(long, value_enum, default_value_t = Format::Table)]
     pub(in crate::cli) format: Format,

@@ -3,7 +3,10 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// Body of `PUT /api/v1/autosave` and `PUT /api/v1/sessions/{id}/autosave`: either `every_minutes`, or `off`.
+use crate::service::job::SaveEnded;
+
+/// Body of `PUT /api/v1/autosave` and `PUT /api/v1/sessions/{id}/autosave`: either `every_minutes`, or `off`; for all
+/// sessions `save_on_end` beside or without them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AutosaveSetting {
@@ -19,6 +22,10 @@ pub struct AutosaveSetting {
     /// There are none.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub off: bool,
+    /// For all sessions, not for one: which of them are saved when they end, from now on. The annotation or label
+    /// `upperdeck.io/save-on-end` of a pod goes before it, and it before what the administrator set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub save_on_end: Option<SaveEnded>,
 }
 
 /// When autosaves are made, and how many are kept.

@@ -81,7 +81,7 @@ pub struct SessionView {
     pub suggested_name: String,
     /// Tag of the image if a request specifies none.
     pub suggested_tag: String,
-    /// The open save of this session.
+    /// The open save of this session, unless that is an autosave, which makes way for a save that is asked for.
     pub save: Option<JobId>,
     /// Its autosaves; absent if there are none.
     #[serde(default)]

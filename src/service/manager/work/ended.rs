@@ -1,10 +1,10 @@
-//! Saves sessions that have ended, without being asked for, where their node says that this is wanted.
+//! Saves sessions that have ended, without being asked for, where their node or their user says that this is wanted.
 //!
 //! Such a save is accepted like one that the session's owner asks for, so that every limit and right applies, and it never
 //! replaces an image. It is accepted once for each run of a container: the key of the request is made of the container and
 //! the start of its run, and the record knows the key, whichever agent or manager was started again meanwhile.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use axum::http::HeaderMap;
@@ -15,6 +15,7 @@ use crate::service::manager::App;
 use crate::service::manager::accept::{Asked, accept_of};
 use crate::service::manager::api::{ImageName, Replace, SaveRequest, Which};
 use crate::service::manager::auth::Caller;
+use crate::service::manager::end_wishes;
 use crate::service::manager::names::suggested_tag;
 use crate::service::manager::refusal::Refusal;
 use crate::service::record::{ENDED, Request};
@@ -33,11 +34,15 @@ struct Handled {
     again: Option<(Instant, Duration)>,
 }
 
+/// When the save of a run of a session is tried again, and how long after the last time that is; `None`: it is accepted.
+type Tried = HashMap<(String, i64), Option<(Instant, Duration)>>;
+
 /// Runs until the manager ends.
 pub(super) async fn save_ended(app: &App) {
-    let mut handled = HashMap::new();
+    let (mut handled, mut tried) = (HashMap::new(), Tried::new());
     loop {
-        if let Err(error) = round(app, &mut handled).await {
+        let marked = round(app, &mut handled).await;
+        if let Err(error) = marked.and(of_users(app, &mut tried).await) {
             tracing::warn!(%error, "which sessions are to be saved because they ended is not known");
             app.metrics.error("ended");
         }
@@ -70,21 +75,55 @@ async fn round(app: &App, handled: &mut HashMap<String, Handled>) -> Result<(), 
     }
     // After the heartbeats, so that what they speak of is among them.
     let sessions = app.inventory.sessions_now(&app.queue).await?;
+    let wishes = end_wishes::of(app, sessions.iter()).await?;
     for (node, (mark, pause)) in due {
-        let wanted = |session: &&Session| {
+        let is_marked = |session: &&Session| {
             session.node == node && session.ended.as_ref().is_some_and(|end| end.save)
         };
-        let mut wanted = sessions.iter().filter(wanted).peekable();
+        let mut marked = sessions.iter().filter(is_marked).peekable();
         // A queue that lost its data may have the heartbeat before the sessions.
-        let mut refused = wanted.peek().is_none();
-        for session in wanted {
-            if is_recent(app, session) {
+        let mut refused = marked.peek().is_none();
+        for session in marked {
+            if is_recent(app, session) && end_wishes::is_wanted(&wishes, session) {
                 refused |= !save(app, session).await;
             }
         }
-        let pause = (pause * 2).clamp(RETRY.0, RETRY.1);
-        let again = refused.then(|| (Instant::now() + pause, pause));
+        let again = refused.then(|| later(pause));
         handled.insert(node, Handled { mark, again });
+    }
+    Ok(())
+}
+
+/// Returns when something is tried again that was refused, and how long that is from now, given how long it was the last
+/// time.
+fn later(pause: Duration) -> (Instant, Duration) {
+    let pause = (pause * 2).clamp(RETRY.0, RETRY.1);
+    (Instant::now() + pause, pause)
+}
+
+/// Saves the sessions whose users want it, though their nodes do not say so.
+async fn of_users(app: &App, tried: &mut Tried) -> Result<(), TaskError> {
+    let sessions = app.inventory.sessions(&app.queue).await?;
+    let unmarked = |session: &&Session| {
+        let end = session.ended.as_ref();
+        end.is_some_and(|end| end.settled && !end.save && !end.by_pod) && is_recent(app, session)
+    };
+    let ended: Vec<&Session> = sessions.iter().filter(unmarked).collect();
+    let key = |session: &Session| (session.id.clone(), session.started_ms);
+    let there: HashSet<(String, i64)> = ended.iter().map(|session| key(session)).collect();
+    tried.retain(|run, _| there.contains(run));
+    let wishes = end_wishes::of(app, ended.iter().copied()).await?;
+    for session in ended {
+        let pause = match tried.get(&key(session)) {
+            Some(None) => continue,
+            Some(Some((at, _))) if *at > Instant::now() => continue,
+            Some(Some((_, pause))) => *pause,
+            None => Duration::ZERO,
+        };
+        if end_wishes::is_wanted(&wishes, session) {
+            let accepted = save(app, session).await;
+            tried.insert(key(session), (!accepted).then(|| later(pause)));
+        }
     }
     Ok(())
 }

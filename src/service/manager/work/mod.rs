@@ -1,7 +1,8 @@
 //! The background work of a manager: applies reports of agents (`reports`), answers their questions (`questions`), executes
-//! requests to the queue (`outbox`), asks for saves of sessions that have ended (`ended`) and for autosaves (`autosave`), deletes images of autosaves that are
-//! not needed any more (`thin`, as `thinning` decides), compares the record with the queue (`reconcile`), and deletes old
-//! data. Several managers do this at the same time, because every change is written only over the version that it is based on.
+//! requests to the queue (`outbox`), asks for saves of sessions that have ended (`ended`) and for autosaves (`autosave`),
+//! deletes images of autosaves that are not needed any more (`thin`, as `thinning` decides), compares the record with the
+//! queue (`reconcile`), and deletes old data. Several managers do this at the same time, because every change is written
+//! only over the version that it is based on.
 
 mod autosave;
 mod ended;

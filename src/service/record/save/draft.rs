@@ -335,13 +335,8 @@ impl Draft {
         }
     }
 
-    /// Requests the cancellation of the save for `who`. Returns `false` if it has already ended.
-    pub fn request_cancel(&mut self, who: &str) -> bool {
-        self.request_cancel_because(&format!("{who} asked for its end"))
-    }
-
     /// Requests the cancellation of the save for the reason `why`. Returns `false` if it has already ended.
-    pub fn request_cancel_because(&mut self, why: &str) -> bool {
+    pub fn request_cancel(&mut self, why: &str) -> bool {
         if self.save.state.is_final() {
             return false;
         }
