@@ -7,9 +7,11 @@ use axum::extract::{Path, State as Given};
 use axum::http::HeaderMap;
 use axum::response::IntoResponse as _;
 use serde_json::{Value, json};
+use upperdeck::service::job::State;
 use upperdeck::service::manager::api::{
     AutosaveFrom, AutosaveInForce, AutosavePolicy, AutosaveSetting, SessionAutosave,
 };
+use upperdeck::service::record::MadeBy;
 
 use crate::begin;
 use crate::browser::{Browser, BrowserOptions, Outcome};
@@ -115,6 +117,7 @@ fn who_has_set_it_is_shown_and_it_is_set_for_one_session() -> Outcome {
         every_minutes: Some(30),
         keep: Some(6),
         off: false,
+        save_on_end: None,
     };
     asked(every);
     choose(&browser, "input", "2400")?;
@@ -143,4 +146,28 @@ fn who_has_set_it_is_shown_and_it_is_set_for_one_session() -> Outcome {
         "return !document.querySelector('article:nth-of-type(2) .autosave').checkVisibility()";
     browser.until("the end", gone, json!([]))?;
     browser.assert_clean()
+}
+
+#[test]
+fn while_an_autosave_is_under_way_the_session_can_be_saved() -> Outcome {
+    let Some((browser, standin)) = begin(&BrowserOptions::default())? else {
+        return Ok(());
+    };
+    {
+        let mut world = standin.world();
+        let id = world.ended(0, State::Succeeded, None, 60).id;
+        world.sessions[0].save = None;
+        let mut saves = world.saves.iter_mut();
+        let save = saves.find(|save| save.id == id).ok_or("no save")?;
+        (save.made_by, save.state, save.finished) = (MadeBy::Autosave, State::Running, None);
+        save.tag = "auto-20261130-2000-ab12".to_owned();
+    }
+    browser.go(&standin.url("sessions"))?;
+    let button = "const button = document.querySelector('article .main');
+        return button?.checkVisibility() && !document.querySelector('article .running')";
+    browser.until("the button", button, json!([]))?;
+    let title = browser.run("return document.title", json!([]))?;
+    assert!(!title.to_string().contains('%'), "{title}");
+    browser.go(&standin.url("history"))?;
+    browser.see("auto-20261130-2000-ab12")
 }

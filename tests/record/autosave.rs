@@ -106,38 +106,46 @@ fn autosaves_do_not_count_for_the_limits_of_their_user() -> Outcomes {
 fn the_last_save_is_the_last_success_or_autosave() -> Outcomes {
     on_both(async |place: String| {
         let record = Record::open(&place).await?;
-        assert!(record.last_saves(&["s"]).await?.is_empty());
+        assert!(record.last_saves(&["s"], i64::MAX).await?.is_empty());
         let by_hand = save("alice", "s", "v1");
         accept(&record, &by_hand).await?;
-        assert!(record.last_saves(&["s"]).await?.is_empty());
+        assert!(record.last_saves(&["s"], i64::MAX).await?.is_empty());
         end(&record, &by_hand, done()).await?;
         let last = |found: &std::collections::HashMap<
             String,
             upperdeck::service::record::LastSave,
         >| { found.get("s").map(|last| (last.id, last.state)) };
-        let found = record.last_saves(&["s", "other"]).await?;
+        let found = record.last_saves(&["s", "other"], i64::MAX).await?;
         assert_eq!(last(&found), Some((by_hand.id, State::Succeeded)));
-        assert!(found["s"].at_ms >= by_hand.created_ms);
+        assert!(found["s"].at_ms >= by_hand.created_ms && !found["s"].lost);
+        // By a clock that was ahead.
+        let before = by_hand.created_ms - 1000;
+        assert!(record.last_saves(&["s"], before).await?.is_empty());
         assert!(record.last_autosaves(&["s"]).await?.is_empty());
         // A failure by hand saves nothing; that of an autosave delays the next one.
         let by_hand_again = save("alice", "s", "v2");
         accept(&record, &by_hand_again).await?;
         end(&record, &by_hand_again, failed(false)).await?;
-        let found = record.last_saves(&["s"]).await?;
+        let found = record.last_saves(&["s"], i64::MAX).await?;
         assert_eq!(last(&found), Some((by_hand.id, State::Succeeded)));
         let first = auto("s", "1");
         accept(&record, &first).await?;
         end(&record, &first, failed(false)).await?;
-        let found = record.last_saves(&["s"]).await?;
+        let found = record.last_saves(&["s"], i64::MAX).await?;
         assert_eq!(last(&found), Some((first.id, State::Failed)));
         let second = auto("s", "2");
         assert_eq!(second.made_by(), MadeBy::Autosave);
         accept(&record, &second).await?;
         end(&record, &second, done()).await?;
-        let found = record.last_saves(&["s"]).await?;
+        let found = record.last_saves(&["s"], i64::MAX).await?;
         assert_eq!(last(&found), Some((second.id, State::Succeeded)));
         let at = record.last_autosaves(&["s"]).await?;
         assert_eq!(at.get("s"), Some(&found["s"].at_ms));
+        // Its tag is deleted.
+        record
+            .removed("alice", &second.destination, "sha256:x", "alice")
+            .await?;
+        assert!(record.last_saves(&["s"], i64::MAX).await?["s"].lost);
         Ok(())
     })
 }

@@ -133,7 +133,6 @@ fn policy_text(policy: AutosavePolicy) -> String {
 
 fn settings_text(settings: &AutosaveSettings) -> String {
     let own = match &settings.own {
-        None => "-".to_owned(),
         Some(AutosaveSetting {
             every_minutes: Some(minutes),
             keep,
@@ -143,7 +142,7 @@ fn settings_text(settings: &AutosaveSettings) -> String {
             format!("every {}{}", every(*minutes), keep.unwrap_or_default())
         }
         Some(AutosaveSetting { off: true, .. }) => "off".to_owned(),
-        Some(_) => "-".to_owned(),
+        None | Some(_) => "-".to_owned(),
     };
     let at_end = settings.own.and_then(|own| own.save_on_end);
     let default = settings.default;

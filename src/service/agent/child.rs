@@ -407,6 +407,28 @@ impl Child {
     }
 }
 
+/// The flags of `commit` that change what its saves contain or build on, which `inspect` has, too.
+const LOOK_FLAGS: [&str; 10] = [
+    "--max-layers",
+    "--exclude",
+    "--include-credentials",
+    "--include-caches",
+    "--timestamp",
+    "--max-entries",
+    "--max-depth",
+    "--max-size",
+    "--max-holes",
+    "--max-memory",
+];
+
+/// Returns those of the administrator's flags for `commit` without which `inspect` would look for another save.
+fn look_flags(flags: &[String]) -> impl Iterator<Item = &String> {
+    flags.iter().filter(|flag| {
+        let name = flag.split('=').next().unwrap_or_default();
+        LOOK_FLAGS.contains(&name)
+    })
+}
+
 /// Returns the JSON output of `inspect` for a session; `None` if it fails or exceeds its time limit.
 pub(super) async fn inspect(
     options: &Options,
@@ -416,6 +438,7 @@ pub(super) async fn inspect(
     let mut command = Command::new(&options.program);
     let mut flags = roots_flags(&options.roots);
     flags.extend(["inspect", "--format=json", "--packages"].map(Into::into));
+    flags.extend(look_flags(&options.flags).map(Into::into));
     flags.extend(background_flags(options));
     let group = format!("look-{}", JobId::new());
     flags.extend(memory_flags(options, &group));

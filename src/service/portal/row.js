@@ -8,14 +8,14 @@ import { bytes, duration, since, when } from "./format.js";
 import { sentence, t } from "./language.js";
 import { box } from "./mail.js";
 import { ofSession } from "./packages.js";
-import { changes, failure, image as imageOf, latest, outcome, over, running, take, trouble, verdict, words } from "./saves.js";
+import { byItself, changes, failure, image as imageOf, latest, outcome, over, running, take, trouble, verdict, words } from "./saves.js";
 import { timeline } from "./timeline.js";
 
 const NAME = /^[a-z0-9]+(?:[._-][a-z0-9]+|__[a-z0-9]+|-+[a-z0-9]+)*$/;
 const TAG = /^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$/;
 
 // A tag that the server has suggested is for one save, not for the next one.
-const SUGGESTED = /^\d{4}-?\d{2}-?\d{2}-\d{4}(-[0-9a-f]{4,8})?$/;
+const SUGGESTED = /^(?:auto-|ended-)?\d{4}-?\d{2}-?\d{2}-\d{4}(-[0-9a-f]{4,8})?$/;
 const DAY = 86_400;
 
 const title = (session) => session.pod ?? session.container ?? session.id.slice(0, 12);
@@ -113,6 +113,9 @@ function ending(end) {
   const key = end.out_of_memory ? "ended.memory" : typeof end.exit_code === "number" ? "ended.code" : "ended.bare";
   return element("strong", {}, sentence(key, { time: end.at ? when(end.at) : t("ended.before"), code: end.exit_code }));
 }
+
+/** Another save can be asked for while an autosave is under way. */
+const counts = (save) => over(save) || !byItself(save);
 
 /** The row of a session. */
 export function row(first, me, signal) {
@@ -254,12 +257,12 @@ export function row(first, me, signal) {
       [t("fact.problem"), now.problem && element("span", { lang: "en" }, named(now.problem))]));
     form.update(now);
     own.update(now);
-    const newest = now.save ? latest(now.save) : saves.find((one) => one.session === now.id);
+    const newest = now.save ? latest(now.save) : saves.find((one) => one.session === now.id && counts(one));
     const mine = save && latest(save.id);
     // What this page was told meanwhile may be newer than the list.
     const best = [newest, mine].filter(Boolean).sort((a, b) => (a.created < b.created ? 1 : -1))[0] ?? null;
     show(best ? latest(best.id) ?? best : null);
     if (now.save && !latest(now.save)) get(path("saves", now.save)).then(take, () => {});
   };
-  return { element: block, update, show, of: (one) => one.session === session.id && (!save || one.id === save.id || one.created >= save.created) };
+  return { element: block, update, show, of: (one) => one.session === session.id && counts(one) && (!save || one.id === save.id || one.created >= save.created) };
 }

@@ -16,6 +16,8 @@ const ASK_UNSEEN = 20_000;
 const OPEN_EVERY = 3_000;
 
 export const over = (save) => ["succeeded", "failed", "cancelled"].includes(save.state);
+/** Made without being asked for: worth no interruption. */
+export const byItself = (save) => save.made_by === "autosave";
 export const image = (save) => `${save.name}:${save.tag}`;
 
 const known = new Map();
@@ -47,6 +49,7 @@ const going = () => [...known.values()].filter((save) => !over(save));
 
 /** Announces what is worth an interruption: the beginning of the transfer, quarters of it, the end. */
 function tell(before, save) {
+  if (byItself(save)) return;
   const of = { image: image(save) };
   if (save.state !== before.state) {
     if (over(save)) announce(t(`news.${save.state}`, of), save.state === "failed");
@@ -156,13 +159,13 @@ line.addEventListener("signed-out", () => {
 
 let finished = null;
 changes.addEventListener("ended", ({ detail: save }) => {
-  if (document.hidden) finished = save;
+  if (document.hidden && !byItself(save)) finished = save;
 });
 document.addEventListener("visibilitychange", () => { finished = null; title(); });
 
 /** The tab's title says how far it is, for who looks at another tab. */
 function title() {
-  const running = going().filter((save) => save.progress?.bytes_total);
+  const running = going().filter((save) => save.progress?.bytes_total && !byItself(save));
   const mark = finished ? { succeeded: "✓ ", failed: "✗ " }[finished.state] ?? "" :
     running.length === 1 ? `${percent(share(running[0]))} ` : "";
   const bare = document.body.dataset.title ?? "upperdeck";
@@ -271,7 +274,7 @@ function notifier() {
 }
 
 changes.addEventListener("ended", ({ detail: save }) => {
-  if (!notifying || !canNotify() || Notification.permission !== "granted" || (whose?.user && save.user !== whose.user)) return;
+  if (byItself(save) || !notifying || !canNotify() || Notification.permission !== "granted" || (whose?.user && save.user !== whose.user)) return;
   const note = new Notification(t(`news.${save.state}`, { image: image(save) }), { body: save.session_name, tag: save.id });
   note.addEventListener("click", () => { window.focus(); note.close(); });
 });

@@ -34,6 +34,8 @@ pub struct LastSave {
     pub state: State,
     /// When it ended: milliseconds since the epoch, UTC.
     pub at_ms: i64,
+    /// Whether its tag was deleted, or names the image of a later save.
+    pub lost: bool,
 }
 
 /// An autosave whose image still has its tag, as far as the record knows.
@@ -148,20 +150,30 @@ impl Record {
         Ok(settings)
     }
 
-    /// Returns the save of each session that ended last, among those that succeeded and the autosaves.
-    pub async fn last_saves(&self, sessions: &[&str]) -> Result<HashMap<String, LastSave>, Error> {
+    /// Returns the save of each session that ended last, among those that succeeded and the autosaves. One that ended after
+    /// `until_ms` (milliseconds since the epoch, UTC), by a clock that was ahead, does not count.
+    pub async fn last_saves(
+        &self,
+        sessions: &[&str],
+        until_ms: i64,
+    ) -> Result<HashMap<String, LastSave>, Error> {
         let mut found = HashMap::new();
         for sessions in sessions.chunks(BATCH) {
             let text = format!(
-                "SELECT session, id, state, changed_ms FROM (
-                     SELECT session, id, state, changed_ms,
+                "SELECT session, id, state, changed_ms,
+                     CASE WHEN {TAG_LOST} OR EXISTS (
+                         SELECT 1 FROM saves AS later WHERE later.destination = saves.destination
+                         AND later.state = 'succeeded' AND later.changed_ms > saves.changed_ms
+                     ) THEN 1 ELSE 0 END AS lost
+                 FROM (
+                     SELECT session, id, state, changed_ms, destination,
                          row_number() OVER (PARTITION BY session ORDER BY changed_ms DESC, id DESC) AS place
-                     FROM saves WHERE session IN ({})
+                     FROM saves WHERE session IN ({}) AND changed_ms <= $2
                      AND (state = 'succeeded' OR (caller = $1 AND state IN ('failed', 'cancelled')))
-                 ) AS ended WHERE place = 1",
-                places(2, sessions.len())
+                 ) AS saves WHERE place = 1",
+                places(3, sessions.len())
             );
-            let query = sqlx::query(&text).bind(AUTOSAVE);
+            let query = sqlx::query(&text).bind(AUTOSAVE).bind(until_ms);
             let query = sessions.iter().fold(query, |query, id| query.bind(*id));
             for row in query.fetch_all(&self.pool).await? {
                 let id: String = row.try_get("id")?;
@@ -169,6 +181,7 @@ impl Record {
                     state: state_of(&id, &row.try_get::<String, _>("state")?)?,
                     id: id_of(&id)?,
                     at_ms: row.try_get("changed_ms")?,
+                    lost: row.try_get::<i64, _>("lost")? != 0,
                 };
                 found.insert(row.try_get("session")?, last);
             }

@@ -276,11 +276,11 @@ pub(in crate::cli) struct JobLs {
 
 fn minutes(text: &str) -> Result<u32, String> {
     const WEEK: u64 = 7 * 24 * 60;
-    let minutes = duration(text)?.as_secs() / 60;
-    let bounded = u32::try_from(minutes).ok();
+    let seconds = duration(text)?.as_secs();
+    let bounded = u32::try_from(seconds / 60).ok();
     bounded
-        .filter(|minutes| (1..=WEEK).contains(&u64::from(*minutes)))
-        .ok_or_else(|| "expected 1m to 7d".to_owned())
+        .filter(|minutes| (1..=WEEK).contains(&u64::from(*minutes)) && seconds.is_multiple_of(60))
+        .ok_or_else(|| "expected whole minutes, 1m to 7d".to_owned())
 }
 
 pub(super) fn state(text: &str) -> Result<job::State, String> {

@@ -24,6 +24,10 @@ use crate::service::record::{AUTOSAVE, LastSave, Request};
 
 /// Interval at which it is checked which sessions are due.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
+/// Interval at which it is checked whether the last image of a session that has not changed still has its tag.
+const CHECK_EVERY: Duration = Duration::from_secs(60);
+/// Time by which the clocks of managers may differ, in milliseconds.
+const LEEWAY_MS: i64 = 60_000;
 /// Delay before a refused save is asked for again, which doubles with each time, and its maximum.
 const RETRY: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(300));
 
@@ -34,9 +38,21 @@ struct Watched {
     base_ms: i64,
     /// When it is tried again, if it was refused, and how long after the last time that is.
     again: Option<(Instant, Duration)>,
+    /// When it was last checked whether the image of the last save still has its tag.
+    checked: Option<Instant>,
 }
 
 impl Watched {
+    fn is_to_be_checked(&mut self) -> bool {
+        let due = self
+            .checked
+            .is_none_or(|checked| checked.elapsed() >= CHECK_EVERY);
+        if due {
+            self.checked = Some(Instant::now());
+        }
+        due
+    }
+
     fn is_refused(&self) -> bool {
         self.again.is_some_and(|(at, _)| at > Instant::now())
     }
@@ -78,16 +94,18 @@ async fn round(app: &App, watched: &mut HashMap<String, Watched>) -> Result<(), 
                 .entry(session.id.clone())
                 .or_insert_with(|| Watched {
                     base_ms: session.started_ms,
-                    again: None,
+                    ..Watched::default()
                 });
-            is_changed(session) && is_due(known.base_ms, policy, now) && !known.is_refused()
+            is_due(known.base_ms, policy, now)
+                && !known.is_refused()
+                && (is_changed(session) || known.is_to_be_checked())
         })
         .collect();
     if due.is_empty() {
         return Ok(());
     }
     let ids: Vec<&str> = due.iter().map(|(session, _)| session.id.as_str()).collect();
-    let last = app.record.last_saves(&ids).await?;
+    let last = app.record.last_saves(&ids, now + LEEWAY_MS).await?;
     let open = app.record.open_saves().await?;
     let open: HashSet<&str> = open.iter().map(|save| save.session.as_str()).collect();
     for (session, policy) in due {
@@ -98,7 +116,10 @@ async fn round(app: &App, watched: &mut HashMap<String, Watched>) -> Result<(), 
         let last = last.get(&session.id);
         known.base_ms = last.map_or(session.started_ms, |last| last.at_ms);
         if is_due(known.base_ms, &policy, now) {
-            if is_fresh(session, last) {
+            if session.next.is_none() && session.look.is_some() {
+                let why = "its node cannot find out whether something changed";
+                app.autosaves.set_wait(&session.id, Some(why.to_owned()));
+            } else if is_wanted(session, last) {
                 save(app, session, &policy, known).await;
             }
         } else {
@@ -118,6 +139,12 @@ fn is_changed(session: &Session) -> bool {
 fn is_due(base_ms: i64, policy: &Policy, now_ms: i64) -> bool {
     let every = i64::try_from(policy.every.as_millis()).unwrap_or(i64::MAX);
     now_ms >= base_ms.saturating_add(every)
+}
+
+/// Returns whether the present state of a session is in no image: it changed since its last save, or that has lost its tag.
+fn is_wanted(session: &Session, last: Option<&LastSave>) -> bool {
+    let lost = last.is_some_and(|last| last.state == State::Succeeded && last.lost);
+    lost || (is_changed(session) && is_fresh(session, last))
 }
 
 /// Returns whether the node looked at the session after the end of its last save. One that failed changed nothing.
@@ -249,6 +276,7 @@ mod tests {
             id: JobId::new(),
             state,
             at_ms: 100,
+            lost: false,
         };
         let done = last(State::Succeeded);
         assert!(!is_fresh(&Session::default(), None));
@@ -259,6 +287,13 @@ mod tests {
         assert!(!is_fresh(&looked(99, other, Some(1)), Some(&done)));
         // The node's clock is slow.
         assert!(is_fresh(&looked(1, Some(done.id), Some(1)), Some(&done)));
+        let lost = LastSave {
+            lost: true,
+            ..done.clone()
+        };
+        let unchanged = looked(99, None, Some(0));
+        assert!(is_wanted(&unchanged, Some(&lost)));
+        assert!(!is_wanted(&unchanged, Some(&done)) && !is_wanted(&unchanged, None));
         let failed = last(State::Failed);
         assert!(is_fresh(&looked(99, None, Some(1)), Some(&failed)));
     }

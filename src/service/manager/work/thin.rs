@@ -125,6 +125,9 @@ async fn delete(app: &App, id: JobId) -> Result<(), Refusal> {
         tag: &save.tag,
         destination: &save.destination,
     };
-    delete_tag(app, &tag, AUTOSAVE).await?;
-    Ok(())
+    match delete_tag(app, &tag, AUTOSAVE).await {
+        // Its owner gave it another tag, and the registry cannot delete one of several.
+        Err(refusal) if refusal.problem().code == "conflict" => Ok(()),
+        deleted => deleted.map(drop),
+    }
 }

@@ -1,8 +1,9 @@
 //! Which autosaves are not needed any more.
 //!
-//! Of each session the latest ones are kept, as many as its policy says; besides, the last one of each hour (UTC) for a day,
-//! and the last one of each day for 30 days. What is older goes, except the last one of a session that still lives, and the
-//! last one of all images of a user with the same name.
+//! Of each session that still lives the latest ones are kept, as many as its policy says; besides, the last one of each hour
+//! (UTC) for a day, and the last one of each day for 30 days. Those of all ended sessions with the same name are treated as
+//! of one session, so that the number of images of a name is bounded however often it is started. What is older goes, except
+//! the last one of a session that still lives, and the last one of all images of a user with the same name.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -16,6 +17,23 @@ const HOURS_FOR: i64 = DAY_MS;
 /// How long anything is kept.
 const DAYS_FOR: i64 = 30 * DAY_MS;
 
+/// Saves that are thinned together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Group<'a> {
+    /// Those of a session that still lives.
+    Living(&'a str),
+    /// Those of the ended sessions whose images have this name.
+    Ended(&'a str),
+}
+
+fn group<'a>(save: &'a StoredAutosave, living: &HashSet<&str>) -> Group<'a> {
+    if living.contains(save.session.as_str()) {
+        Group::Living(&save.session)
+    } else {
+        Group::Ended(&save.repository)
+    }
+}
+
 /// Returns those of `saves` that are not needed at `now_ms` (milliseconds since the epoch, UTC). `keep` gives the number of
 /// the latest ones to keep of the session of a save, which is the last one of it; `living` has the sessions that still
 /// live.
@@ -28,10 +46,10 @@ pub(super) fn superfluous(
     // A clock that was ahead must not make a save last longer.
     let latest_first =
         |save: &&StoredAutosave| std::cmp::Reverse((save.at_ms.min(now_ms), save.at_ms, save.id));
-    let mut sessions = BTreeMap::<&str, Vec<&StoredAutosave>>::new();
+    let mut sessions = BTreeMap::<Group<'_>, Vec<&StoredAutosave>>::new();
     let mut last_of_name = BTreeMap::<&str, &StoredAutosave>::new();
     for save in saves {
-        sessions.entry(&save.session).or_default().push(save);
+        sessions.entry(group(save, living)).or_default().push(save);
         let last = last_of_name.entry(&save.repository).or_insert(save);
         if latest_first(&save) < latest_first(&&**last) {
             *last = save;
@@ -43,7 +61,7 @@ pub(super) fn superfluous(
         let Some(last) = of_session.first() else {
             continue;
         };
-        if living.contains(session) {
+        if matches!(session, Group::Living(_)) {
             kept.insert(last.id);
         }
         let most = keep(last) as usize;
@@ -127,10 +145,12 @@ mod tests {
         };
         let age = |save: &StoredAutosave| NOW - save.at_ms;
         let hour = |save: &StoredAutosave| {
-            (age(save) < DAY_MS).then(|| format!("{} {}", save.session, save.at_ms / HOUR_MS))
+            let hour = (group(save, living), save.at_ms / HOUR_MS);
+            (age(save) < DAY_MS).then(|| format!("{hour:?}"))
         };
         let day = |save: &StoredAutosave| {
-            (age(save) <= DAYS_FOR).then(|| format!("{} {}", save.session, save.at_ms / DAY_MS))
+            let day = (group(save, living), save.at_ms / DAY_MS);
+            (age(save) <= DAYS_FOR).then(|| format!("{day:?}"))
         };
         let of_living = |save: &StoredAutosave| {
             let session = save.session.as_str();
@@ -140,10 +160,10 @@ mod tests {
         let protected = [last_by(&of_living), last_by(&of_name)].concat();
         let needed = [last_by(&hour), last_by(&day), protected.clone()].concat();
         assert!(needed.iter().all(|save| has(save)));
-        let sessions: BTreeSet<&str> = all.iter().map(|save| save.session.as_str()).collect();
-        for session in sessions {
+        let groups: BTreeSet<Group<'_>> = all.iter().map(|save| group(save, living)).collect();
+        for session in groups {
             let of_session = |saves: &[StoredAutosave]| -> Vec<StoredAutosave> {
-                let own = saves.iter().filter(|save| save.session == session);
+                let own = saves.iter().filter(|save| group(save, living) == session);
                 own.cloned().collect()
             };
             let recent = of_session(all).into_iter().rev().take(keep as usize);
@@ -154,7 +174,7 @@ mod tests {
             );
             // So many hours and days begin within 24 hours and 30 days; one is that of the name or of what lives.
             let most = keep as usize + 25 + 31 + 1;
-            assert!(of_session(left).len() <= most, "{session}");
+            assert!(of_session(left).len() <= most, "{session:?}");
         }
         for old in left.iter().filter(|save| age(save) > DAYS_FOR) {
             assert!(protected.iter().any(|save| save.id == old.id));
