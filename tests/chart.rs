@@ -340,7 +340,11 @@ fn values_that_cannot_work_are_refused() -> Outcome {
         let output = template(&helm, set)?;
         let found = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success(), "{set:?} is accepted");
-        assert!(found.contains(told), "{set:?}: {found}");
+        // Versions of helm differ in how they write the path of a value.
+        let plain = |text: &str| text.replace('/', ".");
+        let told = plain(told);
+        let is_told = plain(&found).contains(told.trim_start_matches('.'));
+        assert!(is_told, "{set:?}: {found}");
     }
     Ok(())
 }

@@ -3,19 +3,25 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
 use serde_json::Value;
 
+use crate::host::docker::Running;
 use crate::host::image::Format;
 use crate::host::podman::Podman;
 use crate::host::redis::Redis;
 use crate::host::service::Service;
 use crate::host::{Roots, command, run, wait_at_most, wait_until};
 use crate::lab::engine;
-use crate::save::{save, unpack, upperdeck};
-use crate::support::{Need, ignored};
+use crate::save::{
+    LEFT_OUT, TOUCHED_BY_RUNTIMES, layers, manifest, same_tree, save, state_dir, unpack, upperdeck,
+};
+use crate::support::{Need, ignored, note};
 
 const ENGINE: [&str; 3] = ["podman", "conmon", "runc"];
 const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/e2e/map.c");
@@ -190,5 +196,86 @@ fn what_changes_is_saved_by_itself_and_what_does_not_is_not() -> Result<()> {
     assert_eq!(session["autosave"]["from"], "administrator", "{session}");
     let off = ["job", "autosave", "busy", "--off", "--format", "json"];
     assert_eq!(service.ask(Some("alice"), &off)?["autosave"], Value::Null);
+    Ok(())
+}
+
+/// Changes the tree of a session at random, in up to six places.
+fn change(podman: &Podman, session: &Running, random: &mut StdRng) -> Result<()> {
+    let mut script = "mkdir -p /var/lib/work && cd /var/lib/work || exit 1\n".to_owned();
+    for _ in 0..random.random_range(1..=6) {
+        let (one, two) = (random.random_range(0..40), random.random_range(0..40));
+        let size = random.random_range(0..60_000);
+        script += &match random.random_range(0..8) {
+            0..=2 => format!(
+                "rm -rf f{one}; mkdir -p d{one}; head -c {size} /dev/urandom > d{one}/f{two}\n"
+            ),
+            3 => format!("rm -rf d{one} f{two}\n"),
+            4 => format!("[ ! -d d{one} ] || [ -e d{two} ] || mv d{one} d{two}\n"),
+            5 => format!("[ ! -e d{one} ] || chmod 7{}0 d{one}\n", two % 8),
+            6 => format!("rm -rf f{two}; ln -s d{one}/f{two} f{two}\n"),
+            _ => format!(
+                "rm -rf d{one}; [ -e f{one} ] || echo {size} >> f{one}; rm -f h{one}; ln f{one} h{one} || true\n"
+            ),
+        };
+    }
+    podman.shell(session, &script).map(drop)
+}
+
+/// A long chain of saves of one session, as autosaves are: each is the tree of its instant, and what they take is bounded.
+/// `UPPERDECK_SOAK` sets their number; a line is printed for each tenth of them.
+#[test]
+fn each_save_of_a_long_chain_is_its_instant_and_the_chain_is_bounded() -> Result<()> {
+    let Some((scratch, registry, image)) = engine(&ENGINE, Format::Oci)? else {
+        return Ok(());
+    };
+    let usual = std::env::var("UPPERDECK_SOAK").ok();
+    let number: u32 = usual.map_or(Ok(8), |text| text.parse())?;
+    let most = if number > 100 { 32 } else { 6 };
+    let podman = Podman::new(&scratch)?;
+    let session = podman.run("session", &image, &[], &[])?;
+    let roots = podman.roots(&scratch);
+    let mut random = StdRng::seed_from_u64(rand::random_range(0..1_000_000));
+    let (mut pauses, mut longest, mut made) = (Vec::new(), 0, 0);
+    for save_number in 1..=number {
+        change(&podman, &session, &mut random)?;
+        let destination = registry.reference(&format!("users/ada:{}", save_number % 20));
+        let bound = format!("--max-layers={most}");
+        let options = [bound.as_str(), "--delete-replaced"];
+        let saved = save(&scratch, &roots, "session", &destination, &options)?;
+        let rootfs = unpack(&scratch, &saved.reference)?;
+        // Podman's own root directory has another mode.
+        let except = [LEFT_OUT, &["."]].concat();
+        same_tree(&session.rootfs, &rootfs, &except, TOUCHED_BY_RUNTIMES, 50)
+            .with_context(|| format!("save {save_number}: {}", saved.stderr))?;
+        let bundle = rootfs.ancestors().nth(2).context("its directory")?;
+        fs::remove_dir_all(bundle)?;
+        let above = layers(&manifest(&saved.reference)?).len();
+        longest = longest.max(above);
+        pauses.push(saved.metadata["pause_ms"].as_f64().unwrap_or_default());
+        made += saved.metadata["changes"]["bytes"]
+            .as_u64()
+            .unwrap_or_default();
+        if save_number % (number / 10).max(1) == 0 {
+            let size_of = |dir: &Path| -> Result<String> {
+                let told = run(command("du", ["-sh", "--apparent-size"]).arg(dir))?;
+                Ok(told
+                    .split_whitespace()
+                    .next()
+                    .unwrap_or_default()
+                    .to_owned())
+            };
+            let (state, stored) = (size_of(&state_dir(&roots))?, size_of(&registry.storage)?);
+            let mut sorted = pauses.clone();
+            sorted.sort_by(f64::total_cmp);
+            note(&format!(
+                "{save_number} saves: {above} layers ({longest} at most), {made} bytes of contents, registry {stored}, state {state}, pause median \
+                 {:.0} ms, longest {:.0} ms",
+                sorted[sorted.len() / 2],
+                sorted[sorted.len() - 1]
+            ));
+        }
+    }
+    // The base has three, and a save of a session that changes meanwhile makes two.
+    ensure!(longest <= most + 3 + 1, "{longest} layers");
     Ok(())
 }

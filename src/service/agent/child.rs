@@ -24,7 +24,6 @@ use zeroize::Zeroizing;
 use super::options::{Options, shared_directory};
 use super::spool::JobFile;
 use super::spool::Spool;
-use super::stuck::StuckProcesses;
 use crate::common::escape;
 use crate::node::background::MemoryLimit;
 use crate::node::container::{Pattern, Roots, process_start};
@@ -43,15 +42,11 @@ const MAX_LOGGED: usize = 200;
 const MAX_LOGGED_LINE: usize = 1000;
 /// Maximum size of the credentials in bytes; a pipe holds this much without a reader.
 const MAX_CREDS: u64 = 16 << 10;
-/// Time limit of an inspection. It takes as long as a walk of the session's tree on idle CPU time.
-const INSPECT_TIMEOUT: Duration = Duration::from_secs(300);
-/// Maximum size in bytes of the output of `inspect`; a larger output is not genuine.
-const MAX_INSPECT_OUTPUT: u64 = 8 << 20;
 /// Time from SIGTERM to SIGKILL.
 const GRACE: Duration = Duration::from_secs(10);
 /// Time from SIGKILL until the child is given up: a process that waits in the kernel for a response that never comes
 /// cannot be ended.
-const REAP_TIMEOUT: Duration = Duration::from_secs(20);
+pub(super) const REAP_TIMEOUT: Duration = Duration::from_secs(20);
 /// Environment variables that the child keeps: those for network access of the node. Neither `HOME` nor any other
 /// variable in which credentials are searched for is kept.
 const INHERITED_VARIABLES: [&str; 11] = [
@@ -212,7 +207,7 @@ fn save_group(job: JobId) -> String {
 }
 
 /// Returns the flags with which a child limits its memory.
-fn memory_flags(options: &Options, group: &str) -> Vec<OsString> {
+pub(super) fn memory_flags(options: &Options, group: &str) -> Vec<OsString> {
     let bound = options.memory.map(|bytes| {
         [
             format!("--memory-limit={bytes}").into(),
@@ -223,7 +218,7 @@ fn memory_flags(options: &Options, group: &str) -> Vec<OsString> {
 }
 
 /// Its place behind everybody else on the node.
-fn background_flags(options: &Options) -> impl Iterator<Item = OsString> {
+pub(super) fn background_flags(options: &Options) -> impl Iterator<Item = OsString> {
     let flags = options.background.map(|floor| {
         [
             "--background".into(),
@@ -234,7 +229,7 @@ fn background_flags(options: &Options) -> impl Iterator<Item = OsString> {
 }
 
 /// Removes the cgroup of a child that has ended. Whether it was ended for want of memory.
-fn release_memory(options: &Options, group: String) -> bool {
+pub(super) fn release_memory(options: &Options, group: String) -> bool {
     let Some(bytes) = options.memory else {
         return false;
     };
@@ -259,7 +254,7 @@ pub(super) fn allowed_volumes(options: &Options, owner: &str) -> impl Iterator<I
 }
 
 /// Returns the flags that make a child use the same roots.
-fn roots_flags(roots: &Roots) -> Vec<OsString> {
+pub(super) fn roots_flags(roots: &Roots) -> Vec<OsString> {
     let usual = Roots::default();
     let mut flags = Vec::new();
     let mut add =
@@ -405,86 +400,6 @@ impl Child {
             _ => String::new(),
         }
     }
-}
-
-/// The flags of `commit` that change what its saves contain or build on, which `inspect` has, too.
-const LOOK_FLAGS: [&str; 10] = [
-    "--max-layers",
-    "--exclude",
-    "--include-credentials",
-    "--include-caches",
-    "--timestamp",
-    "--max-entries",
-    "--max-depth",
-    "--max-size",
-    "--max-holes",
-    "--max-memory",
-];
-
-/// Returns those of the administrator's flags for `commit` without which `inspect` would look for another save.
-fn look_flags(flags: &[String]) -> impl Iterator<Item = &String> {
-    flags.iter().filter(|flag| {
-        let name = flag.split('=').next().unwrap_or_default();
-        LOOK_FLAGS.contains(&name)
-    })
-}
-
-/// Returns the JSON output of `inspect` for a session; `None` if it fails or exceeds its time limit.
-pub(super) async fn inspect(
-    options: &Options,
-    stuck: &StuckProcesses,
-    session: &str,
-) -> Option<Vec<u8>> {
-    let mut command = Command::new(&options.program);
-    let mut flags = roots_flags(&options.roots);
-    flags.extend(["inspect", "--format=json", "--packages"].map(Into::into));
-    flags.extend(look_flags(&options.flags).map(Into::into));
-    flags.extend(background_flags(options));
-    let group = format!("look-{}", JobId::new());
-    flags.extend(memory_flags(options, &group));
-    let state_dir = options.state_dir.as_deref().unwrap_or(Path::new(""));
-    command
-        .args(flags)
-        .args(["--", session])
-        .env_clear()
-        .env("UPPERDECK_STATE_DIR", state_dir)
-        .current_dir("/")
-        .process_group(0)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .kill_on_drop(true);
-    let mut child = command.spawn().ok()?;
-    let said = child.stdout.take()?;
-    let child = &mut child;
-    let read = async {
-        let mut json = Vec::new();
-        said.take(MAX_INSPECT_OUTPUT)
-            .read_to_end(&mut json)
-            .await
-            .ok()?;
-        let status = child.wait().await.ok()?;
-        status.success().then_some(json)
-    };
-    let told = tokio::time::timeout(INSPECT_TIMEOUT, read).await;
-    if told.is_err()
-        && let Some(pid) = child.id()
-    {
-        child.start_kill().ok();
-        if tokio::time::timeout(REAP_TIMEOUT, child.wait())
-            .await
-            .is_err()
-        {
-            stuck.add(session, pid);
-        }
-    }
-    if release_memory(options, group) {
-        tracing::warn!(
-            session.id = session,
-            "looking into a session took more memory than it may"
-        );
-    }
-    told.ok().flatten()
 }
 
 /// Ends a process that a dead agent left running. Returns when it is gone or after [`GRACE`].

@@ -6,6 +6,7 @@ mod child;
 mod ended;
 mod final_event;
 mod health;
+mod inspect;
 mod inventory;
 mod kind;
 mod load;
@@ -527,7 +528,7 @@ impl Agent {
                     continue;
                 }
                 let look = self.inventory.begin_look(&session);
-                let found = child::inspect(&self.options, &self.stuck, &session).await;
+                let found = inspect::inspect(&self.options, &self.stuck, &session).await;
                 let inside = found.and_then(|json| serde_json::from_slice(&json).ok());
                 self.inventory
                     .set_inspection(&session, look, inside.unwrap_or_default());
