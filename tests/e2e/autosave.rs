@@ -214,7 +214,7 @@ fn change(podman: &Podman, session: &Running, random: &mut StdRng) -> Result<()>
             5 => format!("[ ! -e d{one} ] || chmod 7{}0 d{one}\n", two % 8),
             6 => format!("rm -rf f{two}; ln -s d{one}/f{two} f{two}\n"),
             _ => format!(
-                "rm -rf d{one}; [ -e f{one} ] || echo {size} >> f{one}; rm -f h{one}; ln f{one} h{one} || true\n"
+                "rm -rf d{one} h{one}; [ -f f{one} ] || rm -rf f{one}; echo {size} >> f{one}; ln f{one} h{one}\n"
             ),
         };
     }
