@@ -8,7 +8,8 @@ use upperdeck::service::job::JobId;
 use crate::site::{Agent, Outcomes, Site, Who, ask, get, id, session};
 use crate::store::{push, save_with};
 
-fn list(packages: &[(&str, &str)]) -> Packages {
+/// Returns a list of packages, by name and version, that pip added.
+pub fn added(packages: &[(&str, &str)]) -> Packages {
     let added = packages.iter().map(|(name, version)| PackageChange {
         manager: Manager::Pip,
         name: (*name).to_owned(),
@@ -43,7 +44,7 @@ async fn packages_are_listed_compared_and_searched() -> Outcomes {
             path: Some("/usr/bin/tini".to_owned()),
             mounted: false,
         }],
-        ..list(&[("numpy", "2.1")])
+        ..added(&[("numpy", "2.1")])
     });
     let (site, manager, agent) = Site::at_work(&[one, session(2, Some("alice"))]).await?;
     let at = manager.address;
@@ -63,7 +64,7 @@ async fn packages_are_listed_compared_and_searched() -> Outcomes {
         at,
         &agent,
         "v1",
-        list(&[("numpy", "2.0"), ("rich", "13")]),
+        added(&[("numpy", "2.0"), ("rich", "13")]),
     )
     .await?;
     let second = save(
@@ -71,7 +72,7 @@ async fn packages_are_listed_compared_and_searched() -> Outcomes {
         at,
         &agent,
         "v2",
-        list(&[("numpy", "2.1"), ("httpx", "0.27")]),
+        added(&[("numpy", "2.1"), ("httpx", "0.27")]),
     )
     .await?;
     let path = format!("/api/v1/saves/{second}/packages");

@@ -2,12 +2,13 @@
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
-use upperdeck::image::packages::{ChangeKind, Manager, PackageChange, Packages};
+use upperdeck::image::packages::Packages;
 use upperdeck::service::job::{
     ChangedFile, Changes, JobId, Outcome, Saved, Session, SessionEnd, Since, Update, now_ms,
 };
 use upperdeck::service::record::{ImageKey, NoteChange, Record};
 
+use crate::packages::added;
 use crate::site::{Agent, Outcomes, Site, Who, ask, get, id, session, succeeded, until};
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
@@ -18,21 +19,6 @@ struct Told {
     changes: Option<Changes>,
     packages: Option<Packages>,
     base: &'static str,
-}
-
-fn pip(packages: &[(&str, &str)]) -> Packages {
-    let added = packages.iter().map(|(name, version)| PackageChange {
-        manager: Manager::Pip,
-        name: (*name).to_owned(),
-        change: ChangeKind::Added,
-        version: Some((*version).to_owned()),
-        previous: None,
-        location: "site-packages".to_owned(),
-    });
-    Packages {
-        packages: added.collect(),
-        ..Packages::default()
-    }
 }
 
 /// Finishes the save that was asked for last, as a node would.
@@ -116,7 +102,7 @@ async fn saves_are_listed_with_what_changed_and_what_became_of_them() -> Outcome
         bytes: 7,
     };
     let told = Told {
-        packages: Some(pip(&[("numpy", "2.0"), ("rich", "13")])),
+        packages: Some(added(&[("numpy", "2.0"), ("rich", "13")])),
         base: "scipy:1",
         ..Told::default()
     };
@@ -130,14 +116,14 @@ async fn saves_are_listed_with_what_changed_and_what_became_of_them() -> Outcome
         largest: vec![largest("/home/a\u{1b}[31m"); 1000],
     };
     let told = Told {
-        packages: Some(pip(&[("numpy", "2.1"), ("httpx", "0.27")])),
+        packages: Some(added(&[("numpy", "2.1"), ("httpx", "0.27")])),
         changes: Some(changes),
         base: "scipy:1",
     };
     let second = save(work, (Who::Alice, 1), ("mine", "v2"), told).await?;
     // Of another base, whose packages are not comparable.
     let told = Told {
-        packages: Some(pip(&[("numpy", "2.1")])),
+        packages: Some(added(&[("numpy", "2.1")])),
         base: "scipy:2",
         ..Told::default()
     };

@@ -27,7 +27,7 @@ local function job_key(id) return P .. 'job:' .. id end             -- hash: s s
 local function order_key(id) return P .. 'order:' .. id end         -- string: the sealed order
 local function stream_key(node) return P .. 'stream:' .. node end   -- stream: one entry a claim, and bells
 local function held_key(node) return P .. 'held:' .. node end       -- sorted set: jobs by the end of their leases
--- What waits on a node is in one of two classes, which names part of the key: '' wanted by somebody, 'auto' autosaves.
+-- What waits on a node is in one of two classes, which names part of the key: '' for saves that were asked for, 'auto' for autosaves.
 local function later_key(node, class) return P .. class .. 'later:' .. node end -- sorted set: jobs by when they may begin
 local function users_key(node, class) return P .. class .. 'users:' .. node end -- sorted set: users by their next turns
 local function desk_key(node) return P .. 'desk:' .. node end       -- hash: v and autov the last turns, want how many wait
