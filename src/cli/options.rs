@@ -70,16 +70,44 @@ fn is_root_of_node() -> bool {
 /// Returns the storage of this user's rootless Podman (containers/storage, `types/utils.go`). Root does not search the
 /// storage of users, because they write its records.
 fn own_storage(environment: impl Fn(&str) -> Option<OsString>) -> Option<StorageRoot> {
-    let directory = |name: &str| {
-        let path = environment(name).map(PathBuf::from);
-        path.filter(|path| path.is_absolute())
-    };
-    let data = directory("XDG_DATA_HOME")
-        .or_else(|| directory("HOME").map(|home| home.join(".local/share")))?;
+    let data = own_directory(&environment, "XDG_DATA_HOME", ".local/share")?;
     Some(StorageRoot {
         root: data.join("containers/storage"),
-        runroot: directory("XDG_RUNTIME_DIR")?.join("containers"),
+        runroot: absolute(&environment, "XDG_RUNTIME_DIR")?.join("containers"),
     })
+}
+
+/// Returns the directory for the state of later saves; none if the given one is empty. The default without root is a
+/// directory of the user's own.
+pub(super) fn state_dir(given: Option<PathBuf>, host_root: Option<&Path>) -> Option<PathBuf> {
+    let usual = || {
+        let is_own = host_root.is_none() && !is_root_of_node();
+        is_own
+            .then(|| own_state(|name| std::env::var_os(name)))
+            .flatten()
+            .unwrap_or_else(|| PathBuf::from("/var/lib/upperdeck"))
+    };
+    Some(given.unwrap_or_else(usual)).filter(|dir| !dir.as_os_str().is_empty())
+}
+
+fn own_state(environment: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
+    own_directory(environment, "XDG_STATE_HOME", ".local/state").map(|dir| dir.join("upperdeck"))
+}
+
+/// Returns a directory of the XDG Base Directory Specification: what `variable` says, or `usual` in the home directory.
+fn own_directory(
+    environment: impl Fn(&str) -> Option<OsString>,
+    variable: &str,
+    usual: &str,
+) -> Option<PathBuf> {
+    absolute(&environment, variable)
+        .or_else(|| absolute(&environment, "HOME").map(|home| home.join(usual)))
+}
+
+/// Returns the path in an environment variable; none that is relative, which the specification has ignored.
+fn absolute(environment: impl Fn(&str) -> Option<OsString>, variable: &str) -> Option<PathBuf> {
+    let path = environment(variable).map(PathBuf::from);
+    path.filter(|path| path.is_absolute())
 }
 
 /// Returns the rules for the content of layers.
@@ -159,10 +187,7 @@ impl Commit {
                 .max_pause
                 .or((args.pause == save::Pause::Live).then_some(save::MAX_PAUSE)),
             live_limit: args.live_limit,
-            state_dir: args
-                .state
-                .state_dir
-                .filter(|dir| !dir.as_os_str().is_empty()),
+            state_dir: state_dir(args.state.state_dir, host_root),
             max_layers: args.state.max_layers.into(),
             full: args.state.full,
             compression: args.content.compression,
@@ -351,5 +376,30 @@ fn read_creds(path: &Path) -> anyhow::Result<Zeroizing<String>> {
             Err(Usage(format!("{shown} is no credentials file: {error}")).into())
         }
         line => line.with_context(|| format!("cannot read credentials from {shown}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn state_of_users_without_root_is_in_their_own_directory() {
+        let state = |set: &[(&str, &str)]| {
+            own_state(|name| {
+                let found = set.iter().find(|(known, _)| *known == name);
+                found.map(|(_, value)| OsString::from(value))
+            })
+        };
+        let home = ("HOME", "/home/a");
+        let below_home = Some(PathBuf::from("/home/a/.local/state/upperdeck"));
+        assert_eq!(state(&[home]), below_home);
+        assert_eq!(state(&[home, ("XDG_STATE_HOME", "relative")]), below_home);
+        assert_eq!(
+            state(&[home, ("XDG_STATE_HOME", "/s")]),
+            Some(PathBuf::from("/s/upperdeck"))
+        );
+        assert_eq!(state(&[]), None);
+        assert_eq!(state_dir(Some(PathBuf::new()), None), None);
     }
 }

@@ -76,13 +76,13 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
     let cancel = CancellationToken::new();
     let mut scans = None;
     if let Ok(base) = &base {
-        let state_dir = args.state.state_dir.as_deref();
+        let state_dir = options::state_dir(args.state.state_dir.clone(), host_root);
         let question = save::NextSaveOptions {
             rules: &rules,
             volumes: &args.include_volume,
             volume_rules: &VolumeRules::default(),
             timestamp: args.choice.timestamp,
-            state_dir: state_dir.filter(|dir| !dir.as_os_str().is_empty()),
+            state_dir: state_dir.as_deref(),
             max_layers: args.state.max_layers.into(),
             full: args.state.full,
             jobs: save::cores(),

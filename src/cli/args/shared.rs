@@ -37,8 +37,9 @@ pub(in crate::cli) enum Format {
 /// The state that a save keeps for the next one of the same container.
 #[derive(Clone, Debug, Args)]
 pub(in crate::cli) struct State {
-    /// Directory for the state that later saves of a container need to save only changes; empty: keep none
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/upperdeck", env = "UPPERDECK_STATE_DIR", hide_env_values = true, value_parser = any_path(), value_hint = ValueHint::DirPath, help_heading = CONTENT)]
+    /// Directory for the state that later saves of a container need to save only changes; empty: keep none [default:
+    /// /var/lib/upperdeck; without root ~/.local/state/upperdeck]
+    #[arg(long, value_name = "DIR", env = "UPPERDECK_STATE_DIR", hide_env_values = true, value_parser = any_path(), value_hint = ValueHint::DirPath, help_heading = CONTENT)]
     #[allow(clippy::struct_field_names, reason = "named as its flag")]
     pub(in crate::cli) state_dir: Option<PathBuf>,
     /// Maximum number of layers above the base, where the parts of a split layer count as one; with more, everything is
