@@ -18,7 +18,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::process::Pid;
 
-use crate::node::procfs::{self, MountInfo, memberships};
+use crate::node::cgroups::Cgroups;
+use crate::node::procfs::{MountInfo, memberships};
 
 mod floor;
 mod memory;
@@ -97,8 +98,7 @@ impl Background {
     /// Whatever is not available is left out.
     pub(crate) fn enter(host_root: Option<&Path>, bound: Option<&MemoryLimit>, floor: f64) -> Self {
         let bounded = bound.and_then(|bound| bound.apply(host_root, true));
-        let mounts = procfs::own_mounts().unwrap_or_default();
-        let own = fs::read("/proc/self/cgroup").unwrap_or_default();
+        let (mounts, own) = own_cgroups();
         let mut groups = Vec::new();
         let mut mechanism = Mechanism::Nice;
         let mut shared = None;
@@ -246,6 +246,19 @@ impl IdleCgroup {
         let top = self.idle.parent().filter(|_| self.cpu)?;
         quota::lowest(&self.own, top)?;
         quota::freezing_cgroup(top)
+    }
+}
+
+/// Returns this process's mounts and the text of its `/proc/self/cgroup`, with the node's paths; nothing that cannot be
+/// read.
+fn own_cgroups() -> (Vec<MountInfo>, Vec<u8>) {
+    let own = fs::read("/proc/self/cgroup").unwrap_or_default();
+    match Cgroups::own() {
+        Ok(cgroups) => {
+            let own = cgroups.memberships(&own);
+            (cgroups.mounts, own)
+        }
+        Err(_) => (Vec::new(), own),
     }
 }
 

@@ -2,6 +2,7 @@
 //! the processor that this process has itself.
 
 pub(crate) mod background;
+pub(crate) mod cgroups;
 pub(crate) mod confine;
 pub mod container;
 pub mod freeze;

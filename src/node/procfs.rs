@@ -213,6 +213,8 @@ pub(crate) struct Membership<'a> {
     /// Whether the hierarchy is the unified one of v2.
     pub(crate) unified: bool,
     controllers: &'a [u8],
+    /// The line up to its path.
+    pub(crate) before_path: &'a [u8],
     /// Path of the cgroup, relative to the root of the reader's cgroup namespace.
     pub(crate) path: &'a [u8],
 }
@@ -221,6 +223,12 @@ impl Membership<'_> {
     /// Returns whether it is the v1 hierarchy of a controller.
     pub(crate) fn has(&self, controller: &str) -> bool {
         has_option(self.controllers, controller.as_bytes())
+    }
+
+    /// Returns whether it is the v1 hierarchy that has these options of its file system.
+    pub(crate) fn is_in(&self, super_options: &[u8]) -> bool {
+        let mut controllers = self.controllers.split(|&b| b == b',');
+        controllers.all(|controller| has_option(super_options, controller))
     }
 }
 
@@ -233,6 +241,7 @@ pub(crate) fn memberships(text: &[u8]) -> impl Iterator<Item = Membership<'_>> {
         Some(Membership {
             unified: id == b"0" && controllers.is_empty(),
             controllers,
+            before_path: &line[..line.len() - path.len()],
             path,
         })
     })

@@ -1,13 +1,15 @@
 //! Lower directories that are mounts of their own, read in mount namespaces with and without these mounts.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::host::image::{Base, Format, base};
 use crate::host::podman::Podman;
-use crate::host::process::{Mount, Process, mount_over};
+use crate::host::process::{Mount, Process, layer_digests, mount_over};
 use crate::host::registry::Registry;
 use crate::host::{Roots, Scratch, command, output, run};
 use crate::save::{
@@ -172,6 +174,102 @@ fn lowers_that_are_mounts_are_read_where_they_are_mounted_only() -> Result<()> {
         ensure!(!rootfs.join("usr/lib/app/plugins/p2").exists());
         ensure!(!rootfs.join("srv/share").exists());
     }
+    Ok(())
+}
+
+/// A cgroup that is removed with those below it when this is dropped.
+struct Made(PathBuf);
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        let below = || walkdir::WalkDir::new(&self.0).contents_first(true);
+        // The last process was reaped, but leaves its cgroup a moment later.
+        for _ in 0..100 {
+            for entry in below().into_iter().flatten() {
+                if entry.file_type().is_dir() {
+                    let _ = fs::remove_dir(entry.path());
+                }
+            }
+            if !self.0.exists() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// As an agent's pod on a node with cgroup v2 alone: the root of its cgroup namespace is below a cgroup that its container
+/// and the session's have in common, and the node's hierarchy is mounted below `--host-root`.
+#[test]
+fn a_cgroup_namespace_of_its_own_hides_no_container() -> Result<()> {
+    let programs = [
+        "buildah", "skopeo", "busybox", "python3", "unshare", "nsenter",
+    ];
+    let mut needs = programs.map(Need::Program).to_vec();
+    needs.push(Need::Root);
+    if ignored(&needs) {
+        return Ok(());
+    }
+    let scratch = Scratch::new()?;
+    let (top, mount) = [
+        ("/sys/fs/cgroup/freezer", "cgroup -o freezer"),
+        ("/sys/fs/cgroup/unified", "cgroup2"),
+        ("/sys/fs/cgroup", "cgroup2"),
+    ]
+    .into_iter()
+    .find(|(top, _)| Path::new(top).join("cgroup.procs").exists())
+    .context("a hierarchy of cgroups with a freezer")?;
+    let name = scratch.path().file_name().context("a name")?;
+    let common = Path::new(top).join(name);
+    let (session, agent) = (
+        common.join("session/container"),
+        common.join("agent/container"),
+    );
+    for dir in [&session, &agent] {
+        fs::create_dir_all(dir)?;
+    }
+    let _made = Made(common.clone());
+    let process = Process::start(&scratch, &Mount::default())?;
+    process.shell("echo changed > /etc/changed")?;
+    let enter = |dir: &Path, pid: u32| fs::write(dir.join("cgroup.procs"), pid.to_string());
+    enter(&session, process.pid.cast_unsigned())?;
+
+    let roots = Roots::none(&scratch);
+    let host = scratch.dir("host")?;
+    let flag = host.display().to_string();
+    let container = format!("pid:{}", process.pid);
+    let options = [
+        "--host-root",
+        flag.as_str(),
+        "--base",
+        process.base.as_str(),
+    ];
+    let private = scratch.path().join("private");
+    let save = apart_in(
+        &["--cgroup"],
+        &commit(&roots, &options, &container, &private),
+        &format!(
+            "mount --rbind / \"$at\"; mount -t tmpfs none /sys/fs/cgroup; mkdir -p {top}; mount -t {mount} none {top}"
+        ),
+        &host,
+    );
+    // A cgroup namespace begins where its first process is.
+    let script = "set -e; echo $$ > \"$1/cgroup.procs\"; shift; exec \"$@\"";
+    let mut inside = command("bash", ["-c", script, "inside"]);
+    inside
+        .arg(&agent)
+        .arg(save.get_program())
+        .args(save.get_args());
+    for (name, value) in save.get_envs() {
+        if let Some(value) = value {
+            inside.env(name, value);
+        }
+    }
+    run(&mut inside)?;
+
+    let here = scratch.path().join("here");
+    run(&mut commit(&roots, &options[2..], &container, &here))?;
+    ensure!(layer_digests(&private)? == layer_digests(&here)?);
     Ok(())
 }
 

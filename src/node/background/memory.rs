@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use rustix::process::{Resource, Rlimit};
 
 use super::{IDLE_CGROUP, NORMAL_CGROUP, hierarchies};
-use crate::node::procfs::{self, MountInfo};
+use crate::node::procfs::MountInfo;
 
 /// Bytes allowed for RLIMIT_DATA beyond the memory in use: stacks and arenas that are reserved but never touched.
 const HEADROOM: u64 = 512 << 20;
@@ -90,8 +90,7 @@ struct Group {
 /// Returns the possible places, of which the first that works is used: at the top of each hierarchy that accounts for
 /// memory.
 fn groups(host_root: Option<&Path>, background: bool, name: &str) -> impl Iterator<Item = Group> {
-    let mounts = procfs::own_mounts().unwrap_or_default();
-    let own = fs::read("/proc/self/cgroup").unwrap_or_default();
+    let (mounts, own) = super::own_cgroups();
     groups_of(&mounts, &own, host_root, background, name).into_iter()
 }
 

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use super::hierarchies;
-use crate::node::procfs::{self, MountInfo};
+use crate::node::procfs::MountInfo;
 
 /// Cgroup at the top of the hierarchy for processes that have a container frozen. It is never removed; an empty one
 /// costs nothing.
@@ -36,8 +36,7 @@ impl std::fmt::Display for CpuLimit {
 /// Returns the lowest limit on this process, of its own cgroup and those above it that are visible. Cgroup file systems
 /// below `host_root` are the node's.
 pub(crate) fn cpu_limit(host_root: Option<&Path>) -> Option<CpuLimit> {
-    let mounts = procfs::own_mounts().unwrap_or_default();
-    let own = fs::read("/proc/self/cgroup").unwrap_or_default();
+    let (mounts, own) = super::own_cgroups();
     let (dir, top) = own_cpu_cgroup(&mounts, &own, host_root)?;
     let (cores, file) = lowest(&dir, &top)?;
     Some(CpuLimit {

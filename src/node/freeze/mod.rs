@@ -41,7 +41,8 @@ use watchdog::Watchdog;
 pub use watchdog::entry as watchdog_entry;
 pub(crate) use watchdog::start_standby;
 
-use crate::node::procfs::{self, Stat};
+use crate::node::cgroups::Cgroups;
+use crate::node::procfs::Stat;
 
 /// Number of times that foreign processes in a container's cgroup are checked before the freeze is refused: `exec` into
 /// a container enters the cgroup first and the container's root milliseconds later.
@@ -307,22 +308,23 @@ impl Target {
 /// Returns the cgroups of `pid` that have a freezer and can be opened, the preferred one first.
 fn groups(proc: &Path, pid: u32, prefer: Option<&Path>) -> Result<Vec<Arc<Group>>, Error> {
     // Paths are opened in this program's own mount namespace, whichever node `proc` belongs to.
-    let mut mounts = cgroup::mounts(
-        procfs::own_mounts().map_err(|e| Error::io(PathBuf::from("/proc/self/mountinfo"), e))?,
-    );
+    let own = Cgroups::own().map_err(|e| Error::io(PathBuf::from("/proc/self/mountinfo"), e))?;
+    let path = proc.join(pid.to_string()).join("cgroup");
+    let text = fs::read(&path).map_err(|e| Error::io(path, e))?;
+    let of_node = own.memberships(&text);
+    let mut mounts = cgroup::mounts(own.mounts);
     if let Some(prefix) = prefer {
         mounts.sort_by_key(|mount| !mount.point.starts_with(prefix));
         mounts.sort_by_key(|mount| mount.version == Version::V1);
     }
-    let path = proc.join(pid.to_string()).join("cgroup");
-    let text = fs::read(&path).map_err(|e| Error::io(path, e))?;
     let mut groups: Vec<Arc<Group>> = Vec::new();
     let mut refusals = Vec::new();
     for mount in &mounts {
         if groups.iter().any(|group| group.version() == mount.version) {
             continue;
         }
-        let Some(cgroup) = cgroup::membership(&text, mount.version) else {
+        let of_version = |text| cgroup::membership(text, mount.version);
+        let (Some(name), Some(cgroup)) = (of_version(&text), of_version(&of_node)) else {
             continue;
         };
         let opened = if cgroup == b"/" {
@@ -330,7 +332,7 @@ fn groups(proc: &Path, pid: u32, prefer: Option<&Path>) -> Result<Vec<Arc<Group>
                 why: format!("process {pid} is in the root cgroup of {:?}", mount.point),
             })
         } else if let Some(dir) = mount.directory(cgroup) {
-            let path = PathBuf::from(OsStr::from_bytes(cgroup));
+            let path = PathBuf::from(OsStr::from_bytes(name));
             Group::open_named(mount.version, dir, path)
         } else {
             let cgroup = cgroup.escape_ascii();

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::{Finding, Options};
-use crate::node::procfs::{self, MountInfo};
+use crate::node::cgroups::Cgroups;
+use crate::node::procfs::MountInfo;
 
 /// Longest wait for an empty cgroup to change state. It changes at once, except on a machine under load.
 const BOUND: Duration = Duration::from_secs(5);
@@ -65,7 +66,7 @@ fn hierarchies(mounts: &[MountInfo], host_root: Option<&Path>) -> Vec<Hierarchy>
 }
 
 pub(super) fn check(options: &Options) -> Vec<Finding> {
-    let mounts = procfs::own_mounts().unwrap_or_default();
+    let mounts = Cgroups::own().map_or_else(|_| Vec::new(), |own| own.mounts);
     let found = hierarchies(&mounts, options.roots.host_root.as_deref());
     let tried = found
         .into_iter()

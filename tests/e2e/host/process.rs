@@ -234,7 +234,7 @@ impl Drop for UserNamespace {
 }
 
 /// Returns the digests of the layers of the only image in an OCI layout, bottom first.
-fn layer_digests(layout: &Path) -> Result<Vec<String>> {
+pub fn layer_digests(layout: &Path) -> Result<Vec<String>> {
     let blob = |digest: &serde_json::Value| -> Result<serde_json::Value> {
         let hex = digest
             .as_str()
