@@ -26,6 +26,8 @@ class UpperdeckKubeSpawner(UpperdeckMixin, KubeSpawner):
         help="A jupyterhub_upperdeck.pull.PullSecrets: makes a credential for each start from a private project. "
         "Without it, image_pull_secrets or the nodes have one for all.",
     ).tag(config=True)
+    # After a restart of the hub, there may be one of a server that ended meanwhile.
+    _pull_secret_removed = False
 
     async def get_options_form(self) -> str:
         if self._last_stop is not None:
@@ -56,12 +58,15 @@ class UpperdeckKubeSpawner(UpperdeckMixin, KubeSpawner):
 
     async def stop(self, now: bool = False) -> Any:
         stopped = await super().stop(now=now)
-        if self.upperdeck_pull_secrets is not None:
-            try:
-                await self.upperdeck_pull_secrets.remove(self)
-            except Problem as problem:
-                self.log.warning("Stop of %s: %s", self._log_name, problem)
+        await self._remove_pull_secret()
         return stopped
+
+    async def poll(self) -> Any:
+        status = await super().poll()
+        # A pod that ended, or that others deleted, the hub does not stop; one that is being made has its Secret first.
+        if status is not None and not self._start_pending:
+            await self._remove_pull_secret()
+        return status
 
     async def _resolve_profile(self) -> None:
         """Looks up the saved image that the user chose by a profile, or that a link names by its reference."""
@@ -75,9 +80,19 @@ class UpperdeckKubeSpawner(UpperdeckMixin, KubeSpawner):
                 raise web.HTTPError(400, words_of(self)("image_not_offered"))
             options["profile"] = (await self.upperdeck_resolve(image)).key
 
+    async def _remove_pull_secret(self) -> None:
+        if self.upperdeck_pull_secrets is None or self._pull_secret_removed:
+            return
+        try:
+            await self.upperdeck_pull_secrets.remove(self)
+            self._pull_secret_removed = True
+        except Problem as problem:
+            self.log.warning("End of %s: %s", self._log_name, problem)
+
     async def _add_pull_secret(self, image: SavedImage) -> None:
         if self.upperdeck_pull_secrets is None:
             return
+        self._pull_secret_removed = False
         if self.enable_user_namespaces:
             await self._ensure_namespace()
         try:

@@ -19,7 +19,7 @@ from fake import FakeManager, image
 from jupyterhub_upperdeck import owner_of, profile_list
 from jupyterhub_upperdeck.kube import UpperdeckKubeSpawner
 from jupyterhub_upperdeck.manager import Manager
-from jupyterhub_upperdeck.pull import PullSecrets
+from jupyterhub_upperdeck.pull import PullSecrets, secret_key
 from jupyterhub_upperdeck.stopping import Outcome
 
 USERS = [
@@ -172,8 +172,38 @@ async def test_the_pull_secret_is_deleted_at_the_stop(monkeypatch: pytest.Monkey
     assert started.api.secrets == {}
     # There is none for an image of the site, and a cluster that is away does not keep a server from stopping.
     await started.stop(now=True)
+    await started.load_user_options()
     started.api = None
     await started.stop(now=True)
+
+
+async def test_the_pull_secret_of_a_pod_that_others_deleted_is_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int | None] = [None]
+
+    async def poll(self: Any) -> int | None:
+        return ended[0]
+
+    monkeypatch.setattr(KubeSpawner, "poll", poll)
+    manager = FakeManager()
+    manager.images = [image("alice", "work", "1")]
+    started = spawner(manager, "alice", {"image": "harbor.example.org/alice/work:monday"})
+    started.upperdeck_pull_secrets = PullSecrets(Credentials())
+    await started.load_user_options()
+    assert await started.poll() is None
+    ended[0] = 1
+    # Before its pod is made, a server has the Secret.
+    started._start_pending = True
+    assert await started.poll() == 1
+    assert len(started.api.secrets) == 1
+    started._start_pending = False
+    assert await started.poll() == 1
+    assert started.api.secrets == {}
+    # The hub has started again meanwhile, and knows nothing of it.
+    again = spawner(manager, "alice")
+    again.upperdeck_pull_secrets = PullSecrets(Credentials())
+    again.api.secrets = {("hub", f"upperdeck-pull-{secret_key('alice', '')}"): {}}
+    assert await again.poll() == 1
+    assert again.api.secrets == {}
 
 
 async def test_named_servers_are_sessions_of_one_owner() -> None:
