@@ -5,8 +5,12 @@
 
 #[path = "images/hostile.rs"]
 mod hostile;
+#[path = "support/http.rs"]
+mod http;
 #[path = "support/image.rs"]
 mod image;
+#[path = "images/index.rs"]
+mod index;
 #[path = "support/mod.rs"]
 #[allow(dead_code)]
 mod support;

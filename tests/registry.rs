@@ -1070,6 +1070,61 @@ async fn what_is_written_is_not_redirected() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_part_of_a_blob_is_the_part_or_nothing() {
+    let blob = megabytes();
+    let digest = Digest::of(blob);
+    let part = |status: u16, range: &str, bytes: &'static [u8]| {
+        answer(status)
+            .with("Content-Range", range.to_owned())
+            .body(bytes)
+    };
+    let size = blob.len();
+    let right = format!("bytes 1000-2999/{size}");
+    // The first answer breaks off, or all are too short.
+    for (cut, end) in [(true, 3000), (false, 2000)] {
+        let right = right.clone();
+        let fake = Fake::start(move |seen, n| match (seen.target.as_str(), n) {
+            ("/v2/", _) => answer(200),
+            (_, 0..2) if cut => Answer {
+                drop_answer_at: Some(100),
+                ..part(206, &right, &blob[1000..3000])
+            },
+            _ => part(206, &right, &blob[1000..end]),
+        })
+        .await;
+        let repository = fake.repository(quick(), "a/b");
+        let read = repository.blob_range(&digest, 1000, 2000).await;
+        if cut {
+            assert!(read.unwrap().as_deref() == Some(&blob[1000..3000]));
+        } else {
+            assert!(matches!(read, Err(registry::Error::Size { .. })));
+        }
+        assert_eq!(fake.seen()[1].header("range"), Some("bytes=1000-2999"));
+    }
+    for (status, range) in [
+        (200, right.clone()),
+        (206, format!("bytes 0-1999/{size}")),
+        (206, String::new()),
+        (416, right.clone()),
+        (400, right.clone()),
+        (501, right),
+    ] {
+        let range_of = range.clone();
+        let fake = Fake::start(move |seen, _| match seen.target.as_str() {
+            "/v2/" => answer(200),
+            _ => part(status, &range_of, &blob[1000..3000]),
+        })
+        .await;
+        let repository = fake.repository(quick(), "a/b");
+        let read = repository.blob_range(&digest, 1000, 2000).await.unwrap();
+        assert_eq!(read, None, "{status} {range}");
+    }
+    let fake = Fake::start(|_, _| answer(404)).await;
+    let repository = fake.repository(quick(), "a/b");
+    assert!(repository.blob_range(&digest, 0, 1).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_broken_download_goes_on_where_it_broke() {
     let blob = megabytes();
     let digest = Digest::of(blob);

@@ -23,6 +23,7 @@ use crate::image::extract::{self, Extracted};
 use crate::image::verify::tree::Kind;
 use crate::save;
 use crate::save::copy_out::{self, Written};
+use crate::save::indexed;
 use crate::store::destination::Target;
 
 /// Output of `image cp`.
@@ -59,8 +60,14 @@ pub(super) fn run(args: &ImageCp) -> anyhow::Result<()> {
         let destination = escape::path(args.destination.as_os_str().as_bytes());
         reading::blocking(move || {
             let spool = place.spool()?;
-            let mut open = |layer: usize| layers.open(layer);
-            let found = extract::find(&path, layers.len(), &mut open, spool)?;
+            let mut open = |layer: usize, path: Option<&[u8]>| layers.open_for(layer, path);
+            let found = match extract::find(&path, layers.len(), &mut open, spool) {
+                Err(error) if indexed::needs_whole(&error) => {
+                    layers.use_no_index();
+                    extract::find(&path, layers.len(), &mut open, place.spool()?)?
+                }
+                found => found?,
+            };
             let written = place.write(&path, &found, &cancel)?;
             anyhow::ensure!(
                 written.paths > 0 || written.devices_left_out_count == 0,

@@ -1,8 +1,9 @@
 //! Reading images: threads, signals and registries of verbs that read, and nothing else.
 
+use std::collections::HashMap;
 use std::io::{self, Read};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -12,7 +13,9 @@ use tokio_util::sync::CancellationToken;
 use super::{args, options, signals};
 use crate::common::cancel::Cancelled;
 use crate::common::escape;
+use crate::layer::index::Index;
 use crate::save;
+use crate::save::indexed::{self, Fetch, NoIndex};
 use crate::save::source::{self, Image, LayerReader};
 use crate::store::destination::Target;
 use crate::store::registry::Registries;
@@ -96,6 +99,8 @@ pub(super) struct Layers {
     cancel: CancellationToken,
     read: Arc<AtomicU64>,
     bar: ProgressBar,
+    /// Indexes of layers, by layer; `None`: it is read whole.
+    indexes: Mutex<HashMap<usize, Option<Arc<Index>>>>,
 }
 
 impl Layers {
@@ -111,6 +116,7 @@ impl Layers {
             cancel: cancel.clone(),
             read: Arc::default(),
             bar,
+            indexes: Mutex::default(),
         }
     }
 
@@ -141,6 +147,69 @@ impl Layers {
             },
             read: Arc::clone(&self.read),
             bar: self.bar.clone(),
+        }))
+    }
+
+    /// Opens what concerns `path` of a layer that has an index, or else the layer.
+    pub(super) fn open_for(&self, layer: usize, path: Option<&[u8]>) -> LayerReader {
+        let index = match path {
+            Some(_) => self.index(layer)?,
+            None => None,
+        };
+        match index.zip(path) {
+            Some((index, path)) => Ok(indexed::open(index, path, self.fetch(layer)?)),
+            None => self.open(layer),
+        }
+    }
+
+    /// Reads all layers whole from now on.
+    pub(super) fn use_no_index(&self) {
+        let all = (0..self.len()).map(|layer| (layer, None));
+        *self.indexes.lock().unwrap_or_else(PoisonError::into_inner) = all.collect();
+    }
+
+    /// Returns the index of a layer, which is read once.
+    fn index(&self, layer: usize) -> io::Result<Option<Arc<Index>>> {
+        let mut indexes = self.indexes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = indexes.get(&layer) {
+            return Ok(known.clone());
+        }
+        let descriptor = self.image.parsed.layers().get(layer);
+        let descriptor = descriptor.ok_or(io::ErrorKind::NotFound)?;
+        let index = match indexed::load(descriptor, &mut self.fetch(layer)?) {
+            Ok(index) => index,
+            Err(NoIndex::Io(error)) => return Err(error),
+            Err(NoIndex::WholeOnly) => {
+                tracing::debug!("{}: layers are read whole", NoIndex::WholeOnly);
+                None
+            }
+            Err(NoIndex::Unusable(reason)) => {
+                tracing::warn!(
+                    layer,
+                    "the layer is read whole, its index is not used: {reason}"
+                );
+                None
+            }
+        };
+        indexes.insert(layer, index.clone());
+        Ok(index)
+    }
+
+    /// Returns what reads parts of a stored layer.
+    fn fetch(&self, layer: usize) -> io::Result<Fetch> {
+        let descriptor = self.image.parsed.layers().get(layer);
+        let descriptor = descriptor.ok_or(io::ErrorKind::NotFound)?.clone();
+        let (image, cancel) = (Arc::clone(&self.image), self.cancel.clone());
+        let (read, bar) = (Arc::clone(&self.read), self.bar.clone());
+        Ok(Box::new(move |offset, length| {
+            if cancel.is_cancelled() {
+                return Err(io::Error::other(Cancelled));
+            }
+            let bytes = image.layer_range(&descriptor, offset, length)?;
+            let n = bytes.as_ref().map_or(0, |bytes| bytes.len() as u64);
+            read.fetch_add(n, Ordering::Relaxed);
+            bar.inc(n);
+            Ok(bytes)
         }))
     }
 }

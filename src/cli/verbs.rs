@@ -240,7 +240,7 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
     for file in &made.unstable {
         tracing::warn!(path = file.path, what = ?file.what, "changed while it was read");
     }
-    let json = serde_json::json!({
+    let mut json = serde_json::json!({
         "mediaType": made.media_type,
         "digest": made.digest,
         "size": made.size,
@@ -248,6 +248,9 @@ pub(super) fn layer(args: &args::Layer) -> anyhow::Result<()> {
         "tarSize": made.tar_size,
         "entries": made.entries,
     });
+    if let Some(place) = made.index {
+        json["annotations"] = serde_json::json!({ layer::index::ANNOTATION: place.to_string() });
+    }
     write_stdout(format!("{json}\n").as_bytes())
         .context("the layer is written, but its descriptor cannot be printed")
 }

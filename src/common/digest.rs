@@ -39,6 +39,11 @@ impl Digest {
         &self.0
     }
 
+    /// Returns the digest that these 32 bytes are.
+    pub(crate) fn from_raw(raw: &[u8]) -> Option<Self> {
+        Some(Self(raw.try_into().ok()?))
+    }
+
     /// Returns the 64 hex digits without the algorithm.
     pub fn hex(&self) -> String {
         hex::encode(self.0)

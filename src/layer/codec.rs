@@ -11,6 +11,9 @@ use super::deflate::{self, Encoder};
 use oci_client::manifest::{IMAGE_LAYER_GZIP_MEDIA_TYPE, IMAGE_LAYER_MEDIA_TYPE};
 use structured_zstd::encoding::{CompressionLevel, CompressionParameters, FrameCompressor};
 
+/// Tar bytes of a block. Part of the format and independent of `--jobs`: the same plan gives the same bytes.
+pub(crate) const BLOCK: u64 = 1 << 20;
+
 /// The compression of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
 #[serde(rename_all = "lowercase")]

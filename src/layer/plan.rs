@@ -7,6 +7,7 @@ use std::io;
 use std::sync::Arc;
 
 use super::content::{CapturedContents, Content};
+use super::index::{self, Listing};
 use super::pending_writes::{PendingWrites, Writers};
 use super::tar::{END, Header, RECORD};
 use crate::common::waits::Waits;
@@ -196,6 +197,35 @@ impl Plan {
             }
         }
         part_of
+    }
+
+    /// Lists all entries for the index.
+    pub(super) fn list(&self) -> Listing {
+        let mut listing = Listing::default();
+        let (mut path, mut link) = (Vec::new(), Vec::new());
+        for item in &self.items {
+            self.header(item, &mut path, &mut link, |header| {
+                let kind = match header.typeflag {
+                    b'0' => index::Kind::File,
+                    b'1' => index::Kind::Hardlink,
+                    b'5' => index::Kind::Directory,
+                    _ => index::Kind::Other,
+                };
+                let is_link = kind == index::Kind::Hardlink;
+                let path = match header.path {
+                    b"./" => b"",
+                    path => path.strip_suffix(b"/").unwrap_or(path),
+                };
+                listing.push(index::Entry {
+                    path,
+                    kind,
+                    header: item.header_len.into(),
+                    size: header.size,
+                    link: if is_link { header.link } else { b"" },
+                });
+            });
+        }
+        listing
     }
 
     /// Returns the length of the tar in bytes, including the end of the archive.

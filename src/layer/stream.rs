@@ -16,14 +16,13 @@ use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::block::{self, Scratch};
-use super::codec::{Codec, Compression};
+use super::codec::{BLOCK, Codec, Compression};
 use super::content::{ReadError, Unstable};
+use super::index::{self, Blocks, Place};
 use super::plan::Plan;
 use super::read_ahead::ReadAhead;
 use crate::common::digest::{DiffId, Digest};
 
-/// Tar bytes of a block. Part of the format and independent of `--jobs`: the same plan gives the same bytes.
-pub(crate) const BLOCK: u64 = 1 << 20;
 /// Layers produced at once: a registry serialises any more (see [`write_all`]).
 const MAX_PARALLEL_LAYERS: usize = 4;
 /// Compressed blocks per layer that wait for the destination.
@@ -79,6 +78,8 @@ pub struct Layer {
     pub entries: usize,
     /// Media type of the compressed bytes.
     pub media_type: &'static str,
+    /// Where its index is, if it has one.
+    pub index: Option<Place>,
     /// Files that changed while they were read, sorted by path, without duplicates.
     pub unstable: Vec<Unstable>,
 }
@@ -108,6 +109,8 @@ struct Block {
     /// `None` if the block is not compressed.
     compressed: Option<Vec<u8>>,
     crc: crc32fast::Hasher,
+    /// Digest of the bytes that are delivered, if the layer may get an index.
+    digest: Option<Digest>,
     unstable: Vec<Unstable>,
 }
 
@@ -117,6 +120,8 @@ type BlockResult = Result<Block, Error>;
 struct BlockTask<'a> {
     ahead: &'a ReadAhead<'a>,
     number: u64,
+    /// Whether the layer may get an index.
+    indexed: bool,
     result: Sender<BlockResult>,
 }
 
@@ -204,8 +209,7 @@ where
                 let mut scratch = Scratch::default();
                 for given in work {
                     let tar = spare.try_recv().unwrap_or_default();
-                    let made =
-                        build_block(given.ahead, given.number, tar, &mut codec, &mut scratch);
+                    let made = build_block(&given, tar, &mut codec, &mut scratch);
                     // The receiver is gone only if the layer was abandoned.
                     given.result.send(made).ok();
                 }
@@ -254,12 +258,12 @@ where
 }
 
 fn build_block(
-    ahead: &ReadAhead<'_>,
-    number: u64,
+    task: &BlockTask<'_>,
     mut tar: Vec<u8>,
     codec: &mut Codec,
     scratch: &mut Scratch,
 ) -> BlockResult {
+    let (ahead, number) = (task.ahead, task.number);
     let mut unstable = Vec::new();
     block::fill(
         ahead,
@@ -274,10 +278,14 @@ fn build_block(
     if matches!(codec, Codec::Gzip(_)) {
         crc.update(&tar);
     }
+    let digest = task
+        .indexed
+        .then(|| Digest::of(compressed.as_deref().unwrap_or(&tar)));
     Ok(Block {
         tar,
         compressed,
         crc,
+        digest,
         unstable,
     })
 }
@@ -309,6 +317,7 @@ where
             tar_size: tar.size,
             entries: ahead.plan().len(),
             media_type: shared.options.compression.media_type(),
+            index: tar.index,
             unstable: tar.unstable,
         })
     })
@@ -318,6 +327,7 @@ where
 struct Tar {
     diff_id: DiffId,
     size: u64,
+    index: Option<Place>,
     unstable: Vec<Unstable>,
 }
 
@@ -334,14 +344,19 @@ fn assemble<'a>(
 ) -> Result<Tar, Error> {
     let plan = ahead.plan();
     let compression = shared.options.compression;
-    let send = move |bytes: Bytes| {
+    let mut stored = 0;
+    let mut send = move |bytes: Bytes| -> Result<u64, Error> {
+        stored += bytes.len() as u64;
         // Fails only if the delivery has ended; its own error says why.
-        ready.send(bytes).map_err(|_| Error::Worker)
+        ready.send(bytes).map_err(|_| Error::Worker)?;
+        Ok(stored)
     };
     let mut hash = Sha256::new();
     let mut crc = crc32fast::Hasher::new();
     let mut size = 0;
     let mut unstable = Vec::new();
+    let indexed = index::is_worth(compression, plan.tar_size());
+    let (mut listing, mut stored_blocks) = (None, Blocks::default());
     let blocks = plan.tar_size().div_ceil(BLOCK);
     let mut numbers = 0..blocks;
     let mut fetched = 0;
@@ -355,6 +370,7 @@ fn assemble<'a>(
             let given = BlockTask {
                 ahead,
                 number,
+                indexed,
                 result,
             };
             ahead.set_taken_end((number + 1) * BLOCK);
@@ -371,6 +387,10 @@ fn assemble<'a>(
             }
             fetched = until;
         }
+        // While the workers make the first blocks.
+        if indexed && listing.is_none() {
+            listing = Some(plan.list());
+        }
         let Some(made) = in_flight.pop_front() else {
             break;
         };
@@ -383,12 +403,18 @@ fn assemble<'a>(
         crc.combine(&block.crc);
         size += len;
         unstable.extend(block.unstable);
+        if let Some(digest) = &block.digest {
+            let stored = block.compressed.as_ref().unwrap_or(&block.tar).len();
+            stored_blocks.push(stored as u64, digest);
+        }
         match block.compressed {
             Some(compressed) => {
                 send(compressed.into())?;
                 senders.spare.try_send(block.tar).ok();
             }
-            None => send(block.tar.into())?,
+            None => {
+                send(block.tar.into())?;
+            }
         }
         (shared.progress)(Progress {
             tar_bytes: shared.tar_bytes.fetch_add(len, Ordering::Relaxed) + len,
@@ -398,12 +424,22 @@ fn assemble<'a>(
     if size != plan.tar_size() {
         return Err(Error::Worker);
     }
-    send(compression.tail(&crc, size).into())?;
+    let stored = send(compression.tail(&crc, size).into())?;
+    let index = listing
+        .and_then(|listing| index::append(listing, &stored_blocks, size, compression, stored));
+    let index = match index {
+        Some((bytes, place)) => {
+            send(bytes.into())?;
+            Some(place)
+        }
+        None => None,
+    };
     unstable.sort();
     unstable.dedup_by(|a, b| a.path == b.path);
     Ok(Tar {
         diff_id: DiffId(Digest::finish(hash)),
         size,
+        index,
         unstable,
     })
 }

@@ -2,6 +2,7 @@
 //! another repository, is copied from this node or a registry, or, if its blob is found nowhere, is remade from the
 //! mounted directory.
 
+use std::collections::HashMap;
 use std::io::Read;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use super::{Context, Error};
 use crate::common::digest::{DiffId, Digest};
 use crate::common::regular_file;
 use crate::image::manifest;
+use crate::layer::index::{ANNOTATION, Place};
 use crate::layer::scan::{self, Exclusions, Rules, Scan};
 use crate::layer::{self, Compression, Plan};
 use crate::node::container::{Base, BaseLayer, Container};
@@ -61,6 +63,9 @@ pub(crate) struct Delivered {
     pub(crate) size: u64,
     /// Its media type.
     pub(crate) media_type: String,
+    /// Where its index is, if it was made here and has one.
+    #[serde(skip)]
+    pub(crate) index: Option<Place>,
     /// Where it came from.
     #[serde(flatten)]
     pub(crate) origin: Origin,
@@ -74,7 +79,10 @@ impl Delivered {
 
     pub(super) fn layer(&self) -> manifest::Layer {
         manifest::Layer {
-            descriptor: descriptor(&self.media_type, self.digest, self.size),
+            descriptor: indexed(
+                descriptor(&self.media_type, self.digest, self.size),
+                self.index.as_ref(),
+            ),
             diff_id: self.diff_id,
         }
     }
@@ -89,6 +97,13 @@ pub(super) fn descriptor(media_type: &str, digest: Digest, size: u64) -> Descrip
         size,
         digest.unwrap_or_else(|_| unreachable!()),
     )
+}
+
+/// Adds where the index of a layer is.
+pub(super) fn indexed(mut descriptor: Descriptor, index: Option<&Place>) -> Descriptor {
+    let annotation = |place: &Place| HashMap::from([(ANNOTATION.to_owned(), place.to_string())]);
+    descriptor.set_annotations(index.map(annotation));
+    descriptor
 }
 
 /// The data that is needed to look for a base layer's blob.
@@ -126,6 +141,7 @@ impl<'a> Blob<'a> {
             diff_id: self.layer.diff_id,
             size,
             media_type,
+            index: None,
             origin,
         }
     }
@@ -563,6 +579,7 @@ async fn remake(
         diff_id: layer.diff_id,
         size: layer.size,
         media_type: layer.media_type.to_owned(),
+        index: layer.index,
         origin: Origin::Remade,
     })
 }

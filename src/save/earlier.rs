@@ -415,6 +415,7 @@ impl Earlier {
             size: layer.size,
             media_type: layer.media_type.to_owned(),
             tar_size: layer.tar_size,
+            index: layer.index,
             full: !taken.on_top,
         });
         under.chain(new).collect()
@@ -460,7 +461,10 @@ impl Earlier {
 pub(super) fn to_manifest_layers(layers: &[Layer]) -> Vec<manifest::NewLayer> {
     let listed = |layer: &Layer| manifest::NewLayer {
         layer: manifest::Layer {
-            descriptor: base::descriptor(&layer.media_type, layer.digest, layer.size),
+            descriptor: base::indexed(
+                base::descriptor(&layer.media_type, layer.digest, layer.size),
+                layer.index.as_ref(),
+            ),
             diff_id: layer.diff_id,
         },
         created_by: None,
@@ -474,6 +478,34 @@ mod tests {
     use crate::common::digest::DiffId;
 
     #[test]
+    fn the_manifest_says_where_the_index_of_a_kept_layer_is() {
+        let place = Some(format!("9+4 {}", Digest::of(b"index")));
+        let digest = Digest::of(b"layer");
+        let layer = Layer {
+            digest,
+            diff_id: DiffId(digest),
+            size: 13,
+            media_type: "application/vnd.oci.image.layer.v1.tar+gzip".to_owned(),
+            tar_size: 7,
+            index: place.as_ref().and_then(|place| place.parse().ok()),
+            full: true,
+        };
+        // What is kept for the next save has it, too.
+        let kept = serde_json::to_string(&layer).unwrap();
+        let kept: Layer = serde_json::from_str(&kept).unwrap();
+        assert_eq!(kept, layer);
+        let listed = to_manifest_layers(&[kept]).remove(0).layer.descriptor;
+        let annotations = listed.annotations().clone().unwrap_or_default();
+        assert_eq!(annotations.get("upperdeck.index"), place.as_ref());
+        let without = to_manifest_layers(&[Layer {
+            index: None,
+            ..layer
+        }])
+        .remove(0);
+        assert_eq!(*without.layer.descriptor.annotations(), None);
+    }
+
+    #[test]
     fn a_full_save_counts_as_one_layer_however_it_is_divided() {
         let layer = |full| {
             let digest = Digest::of(b"");
@@ -483,6 +515,7 @@ mod tests {
                 size: 0,
                 media_type: String::new(),
                 tar_size: 0,
+                index: None,
                 full,
             }
         };

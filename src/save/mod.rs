@@ -11,6 +11,7 @@ mod frozen;
 mod gate;
 pub(crate) mod history;
 mod in_flight_writes;
+pub(crate) mod indexed;
 mod layer_size;
 mod live;
 mod mapped;

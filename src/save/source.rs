@@ -145,6 +145,26 @@ impl Image {
         })
     }
 
+    /// Reads `length` bytes of a stored layer from `offset` on, unverified, or `None` if the registry delivers blobs only as
+    /// a whole. For a registry, a runtime of tokio must be current, in a thread that may block.
+    pub(crate) fn layer_range(
+        &self,
+        descriptor: &Descriptor,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<Option<Bytes>> {
+        let digest = layer_digest(descriptor).map_err(io::Error::other)?;
+        match &self.source {
+            Source::Layout(reader) => {
+                let read = reader.blob_range(&digest, offset, length);
+                read.map(Some).map_err(io::Error::other)
+            }
+            Source::Registry(repository) => tokio::runtime::Handle::current()
+                .block_on(repository.blob_range(&digest, offset, length))
+                .map_err(io::Error::other),
+        }
+    }
+
     /// Returns the reference in a registry, or the digest, for messages.
     pub(crate) fn name(&self) -> String {
         match &self.reference {

@@ -20,6 +20,7 @@ use crate::image::verify::layers::Layers;
 use crate::image::verify::paths::{join, split};
 use crate::image::verify::tree::{Difference, Ignore, Kind, Node, Tree, compare};
 use crate::layer::Compression;
+use crate::layer::index;
 use crate::layer::sequential::{SequentialDigests, SequentialLayer};
 use crate::layer::tar::{END, Header, RECORD};
 use crate::store::destination::{self, BlobWriter, Destination, Replaceable};
@@ -209,6 +210,7 @@ fn write(
     for (path, entry) in entries {
         bytes.clear();
         header(path, entry, &mut bytes);
+        out.list(listed(path, entry, bytes.len() as u64));
         out.write_all(&bytes).map_err(SquashError::Write)?;
         let Entry::Node(node) = entry else { continue };
         let Some(digest) = node.content.filter(|_| node.size > 0) else {
@@ -221,6 +223,26 @@ fn write(
     out.write_all(&[0; END as usize])
         .and_then(|()| out.finish())
         .map_err(SquashError::Write)
+}
+
+/// Returns an entry as the layer's index lists it; its headers have `header` bytes.
+fn listed<'a>(path: &'a [u8], entry: &Entry<'a>, header: u64) -> index::Entry<'a> {
+    let (kind, size, link) = match entry {
+        Entry::Whiteout => (index::Kind::File, 0, &b""[..]),
+        Entry::Link(first, _) => (index::Kind::Hardlink, 0, *first),
+        Entry::Node(node) => match node.kind {
+            Kind::File => (index::Kind::File, node.size, &b""[..]),
+            Kind::Directory => (index::Kind::Directory, 0, &b""[..]),
+            _ => (index::Kind::Other, 0, &b""[..]),
+        },
+    };
+    index::Entry {
+        path,
+        kind,
+        header,
+        size,
+        link,
+    }
 }
 
 fn header(path: &[u8], entry: &Entry<'_>, out: &mut Vec<u8>) {
@@ -364,7 +386,8 @@ pub(crate) fn descriptor(
     compression: Compression,
     digests: &SequentialDigests,
 ) -> oci_spec::image::Descriptor {
-    base::descriptor(compression.media_type(), digests.digest, digests.size)
+    let descriptor = base::descriptor(compression.media_type(), digests.digest, digests.size);
+    base::indexed(descriptor, digests.index.as_ref())
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::common::digest::{DiffId, Digest, HashingWriter};
 use crate::common::{private_files, regular_file};
+use crate::layer::index::Place;
 use crate::layer::scan::{Scan, Stored};
 
 const MAGIC: &[u8; 8] = b"updeckst";
@@ -48,6 +49,9 @@ pub struct Layer {
     pub media_type: String,
     /// Size of the tar in bytes.
     pub tar_size: u64,
+    /// Where its index is, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index: Option<Place>,
     /// Whether it belongs to a full save.
     pub full: bool,
 }

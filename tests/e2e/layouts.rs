@@ -29,6 +29,38 @@ fn blobs(layout: &Path) -> Result<BTreeSet<String>> {
         .collect()
 }
 
+/// The manifest says where the index of a layer is, also of one that an earlier save made.
+#[test]
+fn one_file_of_a_save_is_read_without_the_rest() -> Result<()> {
+    let Some(lab) = Lab::new(Base::Small, Format::Oci)? else {
+        return Ok(());
+    };
+    let pod = lab.session()?;
+    let layout = lab.scratch.path().join("layout");
+    let shell = |script: &str| lab.containerd.shell(&pod, script);
+    shell(
+        "cd /home/researcher/work; for n in 1 2 3 4; do echo $n >$n-small; \
+         head -c 3000000 /dev/urandom >$n; done",
+    )?;
+    for (tag, layers) in [("one", 1), ("two", 2)] {
+        let image = format!("oci:{}:{tag}", layout.display());
+        let saved = save(&lab.scratch, &lab.roots, &pod.container, &image, &[])?;
+        ensure!(
+            saved.metadata["layers_above_base"] == layers,
+            "{}",
+            saved.metadata
+        );
+        let to = lab.scratch.path().join(tag).display().to_string();
+        let source = format!("{image}:/home/researcher/work/3-small");
+        let said = upperdeck(&["cp", &source, &to])?;
+        ensure!(std::fs::read(&to)? == b"3\n", "{said}");
+        let read = said["bytes_read"].as_u64().context("no bytes_read")?;
+        ensure!(read > 0 && read < 3_000_000, "{said}");
+        shell("echo 5 >/home/researcher/work/5-small")?;
+    }
+    Ok(())
+}
+
 #[test]
 fn what_a_deletion_took_is_saved_again() -> Result<()> {
     let Some(lab) = Lab::new(Base::Small, Format::Oci)? else {

@@ -6,6 +6,7 @@ use upperdeck::common::digest::Digest;
 use upperdeck::image::manifest::Platform;
 use upperdeck::image::verify::archive::{Archive, ArchiveError, Entry, EntryKind, decompress};
 use upperdeck::image::verify::layers::Layers;
+use upperdeck::layer::index::{Index, Place};
 use upperdeck::store::layout::Reader;
 
 use crate::errors;
@@ -17,12 +18,31 @@ const UNPACKED: u64 = 4 << 20;
 
 pub fn run(input: &[u8]) {
     let (selector, rest) = selected(input);
-    match selector % 4 {
+    match selector % 5 {
         0 => plain(rest),
         1 => compressed(rest),
         2 => image(rest),
-        _ => layers(rest),
+        3 => layers(rest),
+        _ => index(rest),
     }
+}
+
+/// Parses the index of a layer, and what an annotation says of it.
+fn index(bytes: &[u8]) {
+    if let Ok(place) = String::from_utf8_lossy(bytes).parse::<Place>() {
+        assert_eq!(place.to_string().parse(), Ok(place));
+    }
+    let place = Place {
+        offset: 1 << 20,
+        length: bytes.len() as u64,
+        digest: Digest::of(bytes),
+    };
+    let _ = Index::parse(bytes, &place);
+    let other = Place { offset: 0, ..place };
+    assert!(
+        Index::parse(bytes, &other).is_err(),
+        "blocks before the start"
+    );
 }
 
 /// Returns the archive with valid checksums in everything that looks like a header: a fuzzer does not find them.

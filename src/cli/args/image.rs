@@ -69,8 +69,9 @@ DESTINATION:
   A directory that exists gets what is copied under its own name; else it is the new name. Files there are replaced. Below
   the destination no symbolic link is followed. - writes a tar stream.
 
-Layers are read from the top, and none below the one that decides; of a directory, all that may have a part of it. A layer
-that is read is read to its end, and its digest verified, before anything is written. Modes, times, hard links and extended
+Layers are read from the top, and none below the one that decides; of a directory, all that may have a part of it. Of a
+layer that upperdeck made with an index (gzip or zstd, from 4 MiB on), only the index and the blocks with PATH are read;
+any other is read to its end. What is read is verified before anything is written. Modes, times, hard links and extended
 attributes are kept, owners as far as permitted. Device nodes are not created, only written to a tar stream.
 
 JSON: {image, digest, path, destination, paths, bytes, devices_left_out, devices_left_out_count, owners_not_set,

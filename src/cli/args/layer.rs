@@ -20,7 +20,8 @@ Examples:
       --lower /srv/o/lower2 --lower /srv/o/lower1 -o layer.tar.gz
   upperdeck layer --upper upper --compression none -o layer.tar | jq -r .diffID
 
-Prints one JSON object: the descriptor (mediaType, digest, size) and diffID.
+Prints one JSON object: the descriptor (mediaType, digest, size, and annotations if the layer has an index: 'image cp'
+needs them in the manifest) and diffID.
 Without --lower, whiteouts are written as they are in the upper directory.";
 
 #[derive(Debug, Args)]

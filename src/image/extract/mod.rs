@@ -76,24 +76,27 @@ pub struct Extracted {
 /// A stored layer as it is read.
 pub type LayerRead = io::Result<Box<dyn Read + Send>>;
 
-/// Finds `path` in an image of `count` layers; `open` opens one of them, 0 being the bottom. Contents go into `spool`,
-/// an empty file. Symbolic links in the path are followed within the image; one at its end is followed only before a
+/// Opens a layer, 0 being the bottom. With a path, what concerns that path is enough: it, all below it, the directories above
+/// it, the files that hard links lead to, and the marks of what is removed there.
+pub type OpenLayer<'o> = &'o mut dyn FnMut(usize, Option<&[u8]>) -> LayerRead;
+
+/// Finds `path` in an image of `count` layers. Contents go into `spool`, an empty file. Symbolic links in the path are followed within the image; one at its end is followed only before a
 /// slash.
 ///
 /// A layer that is read is read to its end, where its digest is verified by its reader.
 pub fn find(
     path: &[u8],
     count: usize,
-    open: &mut dyn FnMut(usize) -> LayerRead,
+    open: OpenLayer<'_>,
     spool: File,
 ) -> Result<Extracted, ExtractError> {
     let named = path.iter().position(|&b| b != b'/').unwrap_or(path.len());
     let path = &path[named..];
     let mut spool = Spool::new(spool);
     let mut layers_read = 0;
-    let whole = |open: &mut dyn FnMut(usize) -> LayerRead, mut spool: Spool, read| {
+    let whole = |open: OpenLayer<'_>, mut spool: Spool, read| {
         spool.cut(0)?;
-        applied::find(path, count, open, spool, read)
+        applied::find(path, count, &mut |layer| open(layer, None), spool, read)
     };
     // A directory is meant, and a link at the end followed: the tree knows what is at the end.
     let ends_in_name =
@@ -107,7 +110,7 @@ pub fn find(
         let mut step = Step::Below;
         for layer in (0..count).rev() {
             step = search.layer(
-                &mut || open(layer),
+                &mut || open(layer, Some(&target)),
                 layer == 0,
                 &mut spool,
                 &mut layers_read,

@@ -32,7 +32,9 @@ fn tar(rows: &[Row]) -> Vec<u8> {
 }
 
 fn run(layers: &[Vec<u8>], path: &str) -> Result<Extracted, ExtractError> {
-    let mut open = |at: usize| -> LayerRead { Ok(Box::new(io::Cursor::new(layers[at].clone()))) };
+    let mut open = |at: usize, _: Option<&[u8]>| -> LayerRead {
+        Ok(Box::new(io::Cursor::new(layers[at].clone())))
+    };
     find(
         path.as_bytes(),
         layers.len(),
@@ -42,7 +44,7 @@ fn run(layers: &[Vec<u8>], path: &str) -> Result<Extracted, ExtractError> {
 }
 
 /// What was found in words: metadata, first names of hard links, contents.
-fn words(found: &Extracted) -> Vec<String> {
+pub(crate) fn words(found: &Extracted) -> Vec<String> {
     use std::os::unix::fs::FileExt as _;
     let mut first: HashMap<u64, &[u8]> = HashMap::new();
     let members = found

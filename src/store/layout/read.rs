@@ -95,28 +95,23 @@ impl Reader {
         }
     }
 
-    fn open(&self, name: &str) -> Result<(Box<dyn Read + Send>, u64), Error> {
-        match &self.files {
+    fn open(&self, name: &str) -> Result<(FileSection, u64), Error> {
+        let (file, offset, length) = match &self.files {
             Files::Directory => {
                 let path = self.path.join(name);
                 let file = regular_file::open(&path).map_err(io_error(&path, "open"))?;
                 let length = file.metadata().map_err(io_error(&path, "read"))?.len();
-                Ok((Box::new(file), length))
+                (Arc::new(file), 0, length)
             }
             Files::Archive { file, entries } => {
                 let &(offset, length) = entries.get(name.as_bytes()).ok_or_else(|| {
                     io_error(&self.path.join(name), "open")(io::ErrorKind::NotFound.into())
                 })?;
-                Ok((
-                    Box::new(FileSection {
-                        file: Arc::clone(file),
-                        offset,
-                        left: length,
-                    }),
-                    length,
-                ))
+                (Arc::clone(file), offset, length)
             }
-        }
+        };
+        let left = length;
+        Ok((FileSection { file, offset, left }, length))
     }
 
     /// Lists the images of the index, each once, with all its tags.
@@ -325,7 +320,29 @@ impl Reader {
         }))
     }
 
-    fn open_blob_file(&self, digest: &Digest) -> Result<(Box<dyn Read + Send>, u64), Error> {
+    /// Reads `length` bytes of a blob from `offset` on. They are not verified.
+    ///
+    /// Fails if the blob is shorter.
+    pub fn blob_range(&self, digest: &Digest, offset: u64, length: u64) -> Result<Bytes, Error> {
+        let (mut part, size) = self.open_blob_file(digest)?;
+        let end = offset.checked_add(length);
+        if let Some(expected) = end.filter(|&end| end > size) {
+            return Err(Error::Size {
+                path: self.path.clone(),
+                what: digest.to_string(),
+                expected,
+                found: size,
+            });
+        }
+        part.offset += offset;
+        part.left = length;
+        let mut bytes = Vec::new();
+        part.read_to_end(&mut bytes)
+            .map_err(io_error(&self.path, "read"))?;
+        Ok(bytes.into())
+    }
+
+    fn open_blob_file(&self, digest: &Digest) -> Result<(FileSection, u64), Error> {
         self.open(&blob_path(digest)).map_err(|e| match e {
             Error::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 Error::NoSuchBlob {
@@ -337,7 +354,7 @@ impl Reader {
         })
     }
 
-    fn read_whole(&self, file: Box<dyn Read + Send>, what: &str) -> Result<Vec<u8>, Error> {
+    fn read_whole(&self, file: impl Read, what: &str) -> Result<Vec<u8>, Error> {
         let mut bytes = Vec::new();
         file.take(MAX_DOCUMENT + 1)
             .read_to_end(&mut bytes)

@@ -8,6 +8,7 @@
 
 pub(crate) mod api;
 mod auth;
+mod blob;
 mod catalog;
 pub(crate) mod credentials;
 pub mod denial;
@@ -25,10 +26,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, RANGE};
+use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE};
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
-use reqwest::{Response, Url};
-use sha2::{Digest as _, Sha256};
+use reqwest::Url;
 
 use crate::common::digest::Digest;
 use crate::common::reference;
@@ -37,6 +37,7 @@ use crate::common::waits::Waits;
 use crate::image::manifest::MAX_MANIFEST_BYTES;
 use crate::image::manifest::raw::{MANIFEST_TYPES, RawManifest, manifest_type};
 pub(crate) use api::Api;
+pub use blob::BlobStream;
 pub use credentials::Credentials;
 pub use denial::Denial;
 pub use error::Error;
@@ -363,37 +364,6 @@ impl Repository {
         Ok(bytes)
     }
 
-    /// Reads a blob as a stream, which is verified at its end. `size` is its size in bytes, if known.
-    pub async fn blob_stream(
-        &self,
-        digest: &Digest,
-        size: Option<u64>,
-    ) -> Result<BlobStream, Error> {
-        let url = self.url(&format!("blobs/{digest}")).await?;
-        let call = self.call(Step::ReadBlob, Method::GET, url);
-        let response = self.host.call(&call).await?;
-        if let (Some(expected), Some(found)) = (size, response.content_length())
-            && expected != found
-        {
-            return Err(Error::Size {
-                what: format!("blob {digest} from {}", self.name()),
-                expected,
-                found,
-            });
-        }
-        Ok(BlobStream {
-            repository: self.clone(),
-            call,
-            response: Some(response),
-            hasher: Sha256::new(),
-            digest: *digest,
-            size,
-            read: 0,
-            skip: 0,
-            failed: 0,
-        })
-    }
-
     /// Returns the size in bytes of a blob, or `None` if it does not exist. An account that may push but not pull gets
     /// an error here and has to upload the blob, so refusals count as absence.
     pub async fn head_blob(&self, digest: &Digest) -> Result<Option<u64>, Error> {
@@ -535,109 +505,6 @@ impl Repository {
                 Ok(digest)
             }
             _ => Err(error),
-        }
-    }
-}
-
-/// A blob that is being read from a registry.
-pub struct BlobStream {
-    repository: Repository,
-    call: Call,
-    response: Option<Response>,
-    hasher: Sha256,
-    digest: Digest,
-    size: Option<u64>,
-    read: u64,
-    /// Bytes to skip at the front of the answer, because they were read before and the registry does not support
-    /// ranges.
-    skip: u64,
-    failed: u32,
-}
-
-impl BlobStream {
-    /// Returns the next bytes, or `None` at the end. The end is reported only if size and digest are correct.
-    ///
-    /// A broken connection is replaced by one that continues at the same offset.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, Error> {
-        loop {
-            let error = match self.read_some().await {
-                Ok(Some(mut bytes)) => {
-                    let skipped = self.skip.min(bytes.len() as u64);
-                    self.skip -= skipped;
-                    let bytes = bytes.split_off(skipped as usize);
-                    if bytes.is_empty() {
-                        continue;
-                    }
-                    self.hasher.update(&bytes);
-                    self.read += bytes.len() as u64;
-                    if let Some(expected) = self.size.filter(|&size| self.read > size) {
-                        return Err(self.wrong_size(expected));
-                    }
-                    // Progress resets the count of failures.
-                    self.failed = 0;
-                    return Ok(Some(bytes));
-                }
-                Ok(None) => {
-                    if let Some(expected) = self.size.filter(|&size| self.read != size) {
-                        return Err(self.wrong_size(expected));
-                    }
-                    let raw: [u8; 32] = std::mem::take(&mut self.hasher).finalize().into();
-                    let found = Digest::from_hex(&hex::encode(raw))
-                        .map_err(reference::ReferenceError::from)?;
-                    if found != self.digest {
-                        let from = self.repository.name();
-                        return Err(Error::Digest {
-                            what: "blob",
-                            from,
-                            expected: self.digest,
-                            found,
-                        });
-                    }
-                    return Ok(None);
-                }
-                Err(e) => e,
-            };
-            self.response = None;
-            self.failed += 1;
-            let pause = self
-                .repository
-                .host
-                .pause(self.failed, &error)
-                .ok_or(error)?;
-            tokio::time::sleep(pause).await;
-        }
-    }
-
-    async fn read_some(&mut self) -> Result<Option<Bytes>, Error> {
-        let host = &self.repository.host;
-        let request = Request::new(&self.call.method, &self.call.url);
-        let response = if let Some(response) = &mut self.response {
-            response
-        } else {
-            let mut call = self.call.clone();
-            if let Ok(range) = HeaderValue::from_str(&format!("bytes={}-", self.read)) {
-                call.headers.insert(RANGE, range);
-            }
-            let response = host.attempt(&call).await?;
-            let resumed = header_text(response.headers(), &CONTENT_RANGE)
-                .is_some_and(|r| r.starts_with(&format!("bytes {}-", self.read)));
-            self.skip = if resumed { 0 } else { self.read };
-            self.response.insert(response)
-        };
-        let wait = host.stall_timeout().min(host.remaining());
-        let next = tokio::time::timeout(wait, response.chunk());
-        match host.watched(next).await {
-            Ok(chunk) => chunk.map_err(|e| Error::transport(request, &e)),
-            Err(_) => Err(host.timeout_error(request, host.stall_timeout())),
-        }
-    }
-
-    fn wrong_size(&self, expected: u64) -> Error {
-        let what = format!("blob {} from {}", self.digest, self.repository.name());
-        Error::Size {
-            what,
-            expected,
-            found: self.read,
         }
     }
 }
