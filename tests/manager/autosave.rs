@@ -346,6 +346,8 @@ async fn users_set_what_applies_to_their_sessions() -> Outcomes {
         Ok(shown["sessions"][0]["autosave"].clone())
     };
     assert_eq!(shown().await?, Value::Null);
+    let from = get(at, Who::Alice, "/api/v1/sessions").await?;
+    assert_eq!(from["sessions"][0]["autosave_from"], "administrator");
     let (status, body) = put(Who::Alice, own, json!({"every_minutes": 30, "keep": 5})).await?;
     assert_eq!(
         (status, &body["own"]),
@@ -371,16 +373,21 @@ async fn users_set_what_applies_to_their_sessions() -> Outcomes {
         (status, body),
         (
             StatusCode::OK,
-            json!({"autosave": policy(5, 12, "session")})
+            json!({"autosave": policy(5, 12, "session"), "from": "session"})
         )
     );
     let (_, body) = put(Who::Administrator, &of_session, json!({"off": true})).await?;
-    assert_eq!(body, json!({"autosave": null}));
+    assert_eq!(body, json!({"autosave": null, "from": "session"}));
+    let listed = get(at, Who::Alice, "/api/v1/sessions").await?;
+    assert_eq!(listed["sessions"][0]["autosave_from"], "session");
     let delete = async |path: &str| ask(at, Who::Alice, Method::DELETE, path, None).await;
     let (status, body) = delete(&of_session).await?;
     assert_eq!(
         (status, body),
-        (StatusCode::OK, json!({"autosave": policy(20, 12, "pod")}))
+        (
+            StatusCode::OK,
+            json!({"autosave": policy(20, 12, "pod"), "from": "pod"})
+        )
     );
     let (_, body) = put(Who::Alice, own, json!({"off": true})).await?;
     assert_eq!(body["own"], json!({"off": true}));

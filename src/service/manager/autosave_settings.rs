@@ -141,8 +141,8 @@ async fn change_session(
     }
     let name = suggested_name(session);
     app.record.set_autosave(owner, &name, setting).await?;
-    let autosave = views(app, &[session]).await?.remove(&session.id);
-    Ok(Json(AutosaveInForce { autosave }))
+    let in_force = views(app, &[session]).await?.remove(&session.id);
+    Ok(Json(in_force.unwrap_or_default()))
 }
 
 /// Sets when a session is saved without being asked for.

@@ -373,34 +373,39 @@ pub(super) async fn sessions(
     let end_wishes = end_wishes::of(&app, all.iter().copied()).await?;
     let sessions = all
         .into_iter()
-        .map(|session| SessionView {
-            id: session.id.clone(),
-            node: session.node.clone(),
-            owner: session.owner.clone(),
-            namespace: session.namespace.clone(),
-            pod: session.pod.clone(),
-            container: session.container.clone(),
-            runtime: session.runtime.clone(),
-            kind: session.kind,
-            category: session.category,
-            image: session.image.clone(),
-            started: rfc3339(session.started_ms),
-            ended: session.ended.as_ref().map(|end| SessionEndView {
-                at: end.at_ms.map(rfc3339),
-                exit_code: end.exit_code,
-                out_of_memory: end.out_of_memory,
-                save: end_wishes::is_wanted(&end_wishes, session),
-            }),
-            upper_bytes: session.upper_bytes,
-            upper_entries: session.upper_entries,
-            next: session.next.clone(),
-            unsaved: session.unsaved.clone(),
-            unsaved_more: session.unsaved_more,
-            problem: session.problem.clone(),
-            suggested_name: suggested_name(session),
-            suggested_tag: suggested_tag(session, now),
-            save: open.get(&session.id).copied(),
-            autosave: autosaves.remove(&session.id),
+        .map(|session| {
+            let in_force = autosaves.remove(&session.id).unwrap_or_default();
+            SessionView {
+                id: session.id.clone(),
+                node: session.node.clone(),
+                owner: session.owner.clone(),
+                namespace: session.namespace.clone(),
+                pod: session.pod.clone(),
+                container: session.container.clone(),
+                runtime: session.runtime.clone(),
+                kind: session.kind,
+                category: session.category,
+                image: session.image.clone(),
+                started: rfc3339(session.started_ms),
+                ended: session.ended.as_ref().map(|end| SessionEndView {
+                    at: end.at_ms.map(rfc3339),
+                    exit_code: end.exit_code,
+                    out_of_memory: end.out_of_memory,
+                    save: end_wishes::is_wanted(&end_wishes, session),
+                }),
+                upper_bytes: session.upper_bytes,
+                upper_entries: session.upper_entries,
+                next: session.next.clone(),
+                unsaved: session.unsaved.clone(),
+                unsaved_more: session.unsaved_more,
+                problem: session.problem.clone(),
+                suggested_name: suggested_name(session),
+                suggested_tag: suggested_tag(session, now),
+                save: open.get(&session.id).copied(),
+                autosave: in_force.autosave,
+                autosave_from: in_force.from,
+                save_on_end: end_wishes::view(&end_wishes, session),
+            }
         })
         .collect();
     let (sessions, next) = cut(sessions, asked.cursor.as_deref(), limit, |session| {

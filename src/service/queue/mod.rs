@@ -246,6 +246,7 @@ fn truncated_session(session: &Session) -> Cow<'_, Session> {
         packages: session.packages.clone().map(|list| list.limited(0, 0)),
         look: session.look,
         autosave: session.autosave,
+        at_end: session.at_end,
         auxiliary: session.auxiliary,
     })
 }

@@ -75,7 +75,11 @@ async fn round(app: &App, handled: &mut HashMap<String, Handled>) -> Result<(), 
     }
     // After the heartbeats, so that what they speak of is among them.
     let sessions = app.inventory.sessions_now(&app.queue).await?;
-    let wishes = end_wishes::of(app, sessions.iter()).await?;
+    let wishes = end_wishes::of(
+        app,
+        sessions.iter().filter(|session| session.ended.is_some()),
+    )
+    .await?;
     for (node, (mark, pause)) in due {
         let is_marked = |session: &&Session| {
             session.node == node && session.ended.as_ref().is_some_and(|end| end.save)
