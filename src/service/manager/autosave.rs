@@ -8,16 +8,14 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use super::App;
-use super::api::{AutosaveFrom, AutosavePolicy, SessionAutosave};
+use super::api::{AutosaveFrom, AutosaveInForce, AutosavePolicy, SessionAutosave};
 use super::names::suggested_name;
-use super::options::AutosaveDefaults;
+use super::options::{AutosaveDefaults, MOST_AUTOSAVE};
 use super::refusal::Refusal;
 use super::time::rfc3339;
 use crate::service::job::{AutosaveWish, Session};
 use crate::service::record::{self, AutosaveSetting};
 
-/// Longest time from a save to the next one.
-const MOST: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Maximum number of the latest autosaves that are kept.
 pub(super) const MAX_KEEP: u32 = 100;
 
@@ -132,20 +130,13 @@ fn decided(
 
 /// Returns what an administrator set as the default; `None` if there are none.
 pub(super) fn default_policy(defaults: &AutosaveDefaults) -> Option<AutosavePolicy> {
-    let from = AutosaveFrom::Administrator;
-    Some(bounded(defaults, defaults.every?, None, from).view())
+    Some(bounded(defaults, defaults.every?, None).view())
 }
 
-fn bounded(
-    defaults: &AutosaveDefaults,
-    every: Duration,
-    keep: Option<u32>,
-    from: AutosaveFrom,
-) -> Policy {
+fn bounded(defaults: &AutosaveDefaults, every: Duration, keep: Option<u32>) -> Policy {
     Policy {
-        every: every.min(MOST).max(defaults.least),
+        every: every.min(MOST_AUTOSAVE).max(defaults.least),
         keep: keep.unwrap_or(defaults.keep).clamp(1, MAX_KEEP),
-        from,
     }
 }
 

@@ -18,6 +18,7 @@ use crate::service::manager::auth::Caller;
 use crate::service::manager::end_wishes;
 use crate::service::manager::names::suggested_tag;
 use crate::service::manager::refusal::Refusal;
+use crate::service::manager::target::ENDED_TAG;
 use crate::service::record::{ENDED, Request};
 
 /// Interval at which the nodes' heartbeats are looked at.
@@ -190,7 +191,7 @@ async fn submit(app: &App, session: &Session) -> Result<(), Refusal> {
 /// Returns the tag of a save that is made because the session ended.
 fn tag(session: &Session) -> String {
     let at_ms = session.ended.as_ref().and_then(|end| end.at_ms);
-    format!("ended-{}", suggested_tag(session, at_ms.unwrap_or(0)))
+    format!("{ENDED_TAG}{}", suggested_tag(session, at_ms.unwrap_or(0)))
 }
 
 fn body(session: &Session, tag: String) -> SaveRequest {
