@@ -18,6 +18,8 @@ use crate::store::push;
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
+/// By how much the node's clock is behind.
+const BEHIND_MS: i64 = 3_600_000;
 /// Long after any save of a test.
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -31,7 +33,7 @@ fn changed(n: usize, entries: u64, after: Option<JobId>) -> Session {
             last_seconds: None,
         }),
         look: Some(Look {
-            at_ms: now_ms(),
+            at_ms: now_ms() - BEHIND_MS,
             after,
         }),
         ..session(n, Some("alice"))
@@ -121,11 +123,7 @@ async fn what_changed_is_saved_once_whichever_managers_run() -> Outcomes {
     assert_eq!(another.order.session, id(8));
     agent.work(&another).await?;
     // The look after it does, though the node's clock is slow.
-    let mut again = changed(1, 1, Some(claim.order.job));
-    again.look = again.look.map(|look| Look {
-        at_ms: look.at_ms - 3_600_000,
-        ..look
-    });
+    let again = changed(1, 1, Some(claim.order.job));
     agent.heartbeat(&with(&[again])).await?;
     let third = agent.claim().await?;
     assert_eq!(third.order.session, id(1));
@@ -137,6 +135,28 @@ async fn what_changed_is_saved_once_whichever_managers_run() -> Outcomes {
     assert!(done(&all), "{all}");
     manager.stop().await?;
     other.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_was_started_again_with_a_slow_clock_delays_no_autosave() -> Outcomes {
+    let (_site, manager, agent) = at_work(Duration::from_millis(1), &[changed(1, 1, None)]).await?;
+    let first = agent.claim().await?;
+    agent.work(&first).await?;
+    let path = format!("/api/v1/saves/{}", first.order.job);
+    until(manager.address, Who::Alice, &path, |save| {
+        save["state"] == "succeeded"
+    })
+    .await?;
+    // It does not know of the save, and its look is an hour earlier than that by its own clock.
+    let second = loop {
+        agent.heartbeat(&[changed(1, 1, None)]).await?;
+        if let Some(claim) = agent.claim_now(Duration::from_millis(500)).await? {
+            break claim;
+        }
+    };
+    assert_eq!(second.order.session, id(1));
+    assert_ne!(second.order.job, first.order.job);
+    manager.stop().await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -252,7 +252,7 @@ fn truncated_session(session: &Session) -> Cow<'_, Session> {
 }
 
 /// Returns the host and port of the registry in `destination`; `oci` for destinations in the file system.
-fn registry_of(destination: &str) -> &str {
+pub(crate) fn registry_of(destination: &str) -> &str {
     let rest = destination.strip_prefix("docker://").unwrap_or(destination);
     if rest.starts_with("oci:") || rest.starts_with("oci-archive:") {
         return "oci";
