@@ -30,6 +30,7 @@ fn changed(n: usize, entries: u64, after: Option<JobId>) -> Session {
             delta: true,
             bytes: Some(0),
             entries: Some(entries),
+            times_only: false,
             last_seconds: None,
         }),
         look: Some(Look {

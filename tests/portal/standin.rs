@@ -158,6 +158,7 @@ impl World {
             delta: true,
             bytes: Some(TOTAL),
             entries: Some(31_877),
+            times_only: false,
             last_seconds: Some(41.0),
         });
         training.unsaved = vec![
@@ -180,6 +181,7 @@ impl World {
             delta: false,
             bytes: Some(318_000_000),
             entries: Some(31_877),
+            times_only: false,
             last_seconds: None,
         });
         statistics.unsaved = vec![mount("/proc", "proc", false)];

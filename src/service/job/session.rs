@@ -158,6 +158,9 @@ pub struct NextSave {
     /// removed; absent if unknown.
     #[serde(default)]
     pub entries: Option<u64>,
+    /// Whether only times of directories have changed since the last save, as where temporary files came and went.
+    #[serde(default)]
+    pub times_only: bool,
     /// Duration of the last save of this session, in seconds; absent if there was none.
     pub last_seconds: Option<f64>,
 }

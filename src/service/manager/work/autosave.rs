@@ -205,7 +205,7 @@ fn due_ms(base_ms: i64, policy: &Policy) -> i64 {
 /// Returns whether a session differs from its last save, according to its node's look.
 fn is_changed(session: &Session) -> bool {
     let next = session.next.as_ref();
-    next.is_some_and(|next| next.entries.is_some_and(|entries| entries > 0))
+    next.is_some_and(|next| !next.times_only && next.entries.is_some_and(|entries| entries > 0))
 }
 
 /// Returns whether the present state of a session is in no image: it changed since its last save, or that has lost its tag.
@@ -328,6 +328,7 @@ mod tests {
                 delta: true,
                 bytes: Some(0),
                 entries,
+                times_only: false,
                 last_seconds: None,
             }),
             look: Some(Look { at_ms, after }),
@@ -341,7 +342,12 @@ mod tests {
         assert!(!is_changed(&looked(1, None, None)));
         assert!(!is_changed(&looked(1, None, Some(0))));
         // What was only removed has no bytes.
-        assert!(is_changed(&looked(1, None, Some(1))));
+        let mut session = looked(1, None, Some(1));
+        assert!(is_changed(&session));
+        if let Some(next) = &mut session.next {
+            next.times_only = true;
+        }
+        assert!(!is_changed(&session));
     }
 
     #[test]
