@@ -1,9 +1,14 @@
 //! Sessions that are saved without being asked for while they run: when, by whom, and what becomes of the images.
 
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::TcpListener;
 use upperdeck::service::job::{
     AutosaveWish, Code, JobId, Look, NextSave, Outcome, Replaces, Saved, Session, SessionEnd,
     now_ms,
@@ -533,5 +538,65 @@ async fn images_that_are_not_needed_any_more_are_deleted_unless_their_owner_hold
     let mut expected = [tag.as_str(), third_tag.as_str(), last_tag.as_str()];
     expected.sort_unstable();
     assert_eq!(tags, expected);
+    manager.stop().await
+}
+
+/// A registry that says that it is one, and answers nothing else. Counts the requests that wait, and keeps the maximum.
+async fn hanging_registry(most: Arc<AtomicUsize>) -> Fallible<SocketAddr> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let at = listener.local_addr()?;
+    let waiting = Arc::new(AtomicUsize::new(0));
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (waiting, most) = (waiting.clone(), most.clone());
+            tokio::spawn(async move {
+                let mut stream = BufReader::new(stream);
+                let mut first = String::new();
+                while stream.read_line(&mut first).await.is_ok_and(|n| n > 0) {
+                    if !first.contains(" /v2/ ") {
+                        let now = waiting.fetch_add(1, Ordering::SeqCst) + 1;
+                        most.fetch_max(now, Ordering::SeqCst);
+                        // Until the client gives up.
+                        let mut rest = Vec::new();
+                        let _ = stream.read_to_end(&mut rest).await;
+                        waiting.fetch_sub(1, Ordering::SeqCst);
+                        return;
+                    }
+                    let mut line = String::new();
+                    while stream.read_line(&mut line).await.is_ok_and(|n| n > 2) {
+                        line.clear();
+                    }
+                    let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
+                    if stream.get_mut().write_all(answer).await.is_err() {
+                        return;
+                    }
+                    first.clear();
+                }
+            });
+        }
+    });
+    Ok(at)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_hangs_is_asked_about_several_sessions_at_a_time() -> Outcomes {
+    let most = Arc::new(AtomicUsize::new(0));
+    let registry = hanging_registry(most.clone()).await?;
+    let site = Site::new()?;
+    let mut options = options(&site, HOUR)?;
+    options.target = format!("{registry}/p/{{user}}/{{name}}:{{tag}}").parse()?;
+    options.access.tls_verify = false;
+    let manager = site.manager_with(options).await?;
+    let agent = Agent::new(&site.queue, "a");
+    let all: Vec<Session> = (1..=16).map(|n| changed(n, 1, None)).collect();
+    agent.heartbeat(&all).await?;
+    // They are accepted though the registry does not say which tags there are; their agents look again.
+    let open = "/api/v1/saves?state=open&limit=500";
+    until(manager.address, Who::Alice, open, |shown| {
+        list(shown, "saves").len() == all.len()
+    })
+    .await?;
+    let most = most.load(Ordering::SeqCst);
+    assert!(most >= 4, "{most} at a time");
     manager.stop().await
 }
