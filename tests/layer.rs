@@ -403,6 +403,8 @@ fn same_bytes_for_any_jobs_and_every_codec_reads_back() -> Result<()> {
 /// A temporary file that came and went changes nothing but the times of its directory.
 #[test]
 fn times_of_directories_alone_are_told_apart() -> Result<()> {
+    type Step<'a> = (&'a str, bool, &'a dyn Fn() -> std::io::Result<()>);
+
     let dir = tempfile::tempdir()?;
     let path = |name: &str| dir.path().join(name);
     let work = path("d/work");
@@ -414,7 +416,6 @@ fn times_of_directories_alone_are_told_apart() -> Result<()> {
         scan_over(dir.path(), true)
     };
     let mut earlier = settled()?;
-    type Step<'a> = (&'a str, bool, &'a dyn Fn() -> std::io::Result<()>);
     let steps: [Step<'_>; 9] = [
         ("nothing", true, &|| Ok(())),
         ("a file came and went", true, &|| {

@@ -29,7 +29,8 @@ fn settings(world: &World) -> Reply {
 
 /// The stand-in for `GET /api/v1/autosave`.
 pub async fn own(Given(world): Given<Shared>, headers: HeaderMap) -> Reply {
-    settings(&*enter(&world, &headers, false)?)
+    let world = enter(&world, &headers, false)?;
+    settings(&world)
 }
 
 /// The stand-in for `PUT /api/v1/autosave`.
