@@ -305,6 +305,19 @@ fn values_that_cannot_work_are_refused() -> Outcome {
             "agent.mountPropagation",
         ),
         (&[IMAGE, TARGET, "agent.settings.slots.x=1"], "slots"),
+        (&[IMAGE, TARGET, "manager.autosave=8d"], "/manager/autosave"),
+        (
+            &[IMAGE, TARGET, "manager.settings.autosave_min=30d"],
+            "autosave_min",
+        ),
+        (
+            &[IMAGE, TARGET, "manager.settings.autosave_keep=101"],
+            "autosave_keep",
+        ),
+        (
+            &[IMAGE, TARGET, "agent.settings.save_ended=sometimes"],
+            "save_ended",
+        ),
         // Passwords would stand in a ConfigMap.
         (
             &[

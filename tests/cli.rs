@@ -129,6 +129,46 @@ fn usage_errors_exit_2_and_leave_stdout_alone() -> Outcome {
 }
 
 #[test]
+fn settings_of_autosaves_out_of_bounds_are_errors_at_start() -> Outcome {
+    let manager = |more: &[&str]| -> Result<Output, std::io::Error> {
+        let target = "h.example/p/{user}/{name}:{tag}";
+        let all = ["manager", "--listen", "127.0.0.1:0", "--target", target];
+        upperdeck(&[&all[..], more].concat())
+    };
+    for (flags, says) in [
+        (&["--autosave", "30d"][..], "0, or 1s to 7d"),
+        (&["--autosave", "10ms"], "0, or 1s to 7d"),
+        (&["--autosave-min", "30d"], "1s to 7d"),
+        (&["--autosave-min", "0"], "1s to 7d"),
+        (&["--autosave", "1m"], "--autosave-min"),
+        (&["--autosave-keep", "0"], "1..=100"),
+        (&["--autosave-keep", "101"], "1..=100"),
+        (&["--reserved-tag", "auto*"], "auto-"),
+        (&["--reserved-tag", "auto-2026"], "auto-"),
+        (&["--reserved-tag", "a*b"], "1 to 128"),
+        (&["--reserved-tag=-x"], "1 to 128"),
+        (&["--reserved-tag", "*"], "1 to 128"),
+    ] {
+        let output = manager(flags)?;
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{flags:?}: {stderr}");
+        assert!(stderr.contains(says), "{flags:?}: {stderr}");
+    }
+    let output = upperdeck(&["agent", "--save-ended", "sometimes"])?;
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("never, failure, always"));
+    // In a file, too.
+    let mut file = tempfile::NamedTempFile::new()?;
+    writeln!(file, "[manager]\nautosave = \"30d\"")?;
+    let path = file.path().to_string_lossy().into_owned();
+    let output = manager(&["--config", &path])?;
+    let stderr = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains("1s to 7d"), "{stderr}");
+    Ok(())
+}
+
+#[test]
 fn a_time_from_the_environment_is_checked_too() -> Outcome {
     let output = command(&["commit", "web", "oci:x"])
         .env("SOURCE_DATE_EPOCH", "yesterday")

@@ -9,8 +9,9 @@ mod support;
 #[path = "support/disk.rs"]
 mod disk;
 
+use std::fs::Permissions;
 use std::io::Read;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::LazyLock;
@@ -396,6 +397,71 @@ fn same_bytes_for_any_jobs_and_every_codec_reads_back() -> Result<()> {
         order,
         ["a/", "a/b/", "a/b/noise", "a/text", "a-b", "sparse"]
     );
+    Ok(())
+}
+
+/// A temporary file that came and went changes nothing but the times of its directory.
+#[test]
+fn times_of_directories_alone_are_told_apart() -> Result<()> {
+    type Step<'a> = (&'a str, bool, &'a dyn Fn() -> std::io::Result<()>);
+
+    let dir = tempfile::tempdir()?;
+    let path = |name: &str| dir.path().join(name);
+    let work = path("d/work");
+    std::fs::create_dir_all(&work)?;
+    std::fs::create_dir(path("d/empty"))?;
+    std::fs::write(path("d/work/kept"), "content")?;
+    let settled = || {
+        std::thread::sleep(4 * tick());
+        scan_over(dir.path(), true)
+    };
+    let mut earlier = settled()?;
+    let steps: [Step<'_>; 9] = [
+        ("nothing", true, &|| Ok(())),
+        ("a file came and went", true, &|| {
+            std::fs::write(path("d/work/temporary"), "x")?;
+            std::fs::remove_file(path("d/work/temporary"))
+        }),
+        ("one at the top", true, &|| {
+            std::fs::write(path("temporary"), "x")?;
+            std::fs::remove_file(path("temporary"))
+        }),
+        ("a mode, and back", true, &|| {
+            std::fs::set_permissions(&work, Permissions::from_mode(0o700))?;
+            std::fs::set_permissions(&work, Permissions::from_mode(0o755))
+        }),
+        ("a mode", false, &|| {
+            std::fs::set_permissions(&work, Permissions::from_mode(0o711))
+        }),
+        ("a file came", false, &|| {
+            std::fs::write(path("d/work/new"), "x")
+        }),
+        ("a file went", false, &|| {
+            std::fs::remove_file(path("d/work/new"))
+        }),
+        ("a directory has another name", false, &|| {
+            std::fs::rename(path("d/empty"), path("d/other"))
+        }),
+        ("a file is another one", false, &|| {
+            std::fs::write(path("d/work/temporary"), "content")?;
+            std::fs::rename(path("d/work/temporary"), path("d/work/kept"))
+        }),
+    ];
+    for (what, expected, step) in steps {
+        step()?;
+        let now = settled()?;
+        let found = now.differs_only_in_times(&earlier, &|_| false);
+        assert_eq!(found, expected, "{what}");
+        let changes = now.changes_since(&earlier, &|_| false);
+        let count = changes.ok_or("no layer can say it")?.emitted().count();
+        let is_empty = ["nothing", "one at the top"].contains(&what);
+        assert_eq!(count == 0, is_empty, "{what}");
+        // What was read of a directory may not be what is in the image.
+        if what != "nothing" {
+            assert!(!now.differs_only_in_times(&earlier, &|_| true), "{what}");
+        }
+        earlier = now;
+    }
     Ok(())
 }
 

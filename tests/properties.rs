@@ -520,6 +520,7 @@ fn chain(kind: Kind, base: &[Vec<Change>], saves: &[Vec<Change>], settle: bool) 
     let source = Source::new(upper.clone(), lowers.clone(), kind.namespace());
     let mut earlier: Option<Scan> = None;
     let mut layers = Layers::on_top_of(before.clone());
+    let mut last = None;
     let mut on_top = 0;
     for changes in saves {
         let overlay = Overlay::new(kind, Some((&upper, &work)), &lowers)?;
@@ -562,6 +563,16 @@ fn chain(kind: Kind, base: &[Vec<Change>], saves: &[Vec<Change>], settle: bool) 
         let made = made.map_err(anyhow::Error::msg)?;
         layers.apply(made.bytes.as_slice())?;
         let after = layers.into_tree();
+        if let (Some(earlier), Some(last)) = (&earlier, &last)
+            && now.differs_only_in_times(earlier, &|_| false)
+        {
+            let ignore = Ignore {
+                directory_mtimes: true,
+                root: true,
+                ..Ignore::default()
+            };
+            same("what differs only in times", last, &after, &ignore)?;
+        }
         let ignore = Ignore {
             mtime_nanos: true,
             root: true,
@@ -574,6 +585,7 @@ fn chain(kind: Kind, base: &[Vec<Change>], saves: &[Vec<Change>], settle: bool) 
             &after,
             &ignore,
         )?;
+        last = Some(after.clone());
         layers = Layers::on_top_of(after);
         earlier = Some(now);
     }

@@ -37,6 +37,10 @@ struct ChangeView {
     path: String,
     before: Option<NodeView>,
     after: Option<NodeView>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    link: bool,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    opaque: bool,
 }
 
 #[derive(Serialize)]
@@ -67,6 +71,8 @@ impl From<Changed> for ChangeView {
             path: format!("/{}", escape::path(&changed.path)),
             before: changed.before.map(Into::into),
             after: changed.after.map(Into::into),
+            link: changed.link,
+            opaque: changed.opaque,
         }
     }
 }
@@ -156,11 +162,20 @@ fn table(view: &DiffView) -> String {
         *counts.entry(of(change.change)).or_default() += 1;
         out.push_str(&format!("{} {}", of(change.change), change.path));
         out.push_str(&details(change));
+        if change.link {
+            out.push_str(" (hard links)");
+        }
+        if change.opaque {
+            out.push_str(" (hides what is below it in common layers)");
+        }
         out.push('\n');
     }
     if let Some(packages) = &view.packages {
         out.push('\n');
         out.push_str(&super::packages::table(packages));
+    }
+    if view.changes.iter().any(|change| change.opaque) {
+        out.push_str("note: --full lists what is hidden\n");
     }
     if counts.contains_key("W") {
         out.push_str(&format!(

@@ -641,6 +641,7 @@ process     pid:42        -                      registry.example/nb:1   42     
             entries: 7,
             bytes: 2048,
             layers: 3,
+            times_only: false,
         };
         view.saved_next(next, &["/home/".into()]);
         assert_eq!(
@@ -650,7 +651,7 @@ process     pid:42        -                      registry.example/nb:1   42     
         );
         assert_eq!(
             serde_json::to_value(&view)?["next_save"],
-            json!({"kind": "delta", "reason": "it can", "entries": 7, "bytes": 2048, "layers": 3})
+            json!({"kind": "delta", "reason": "it can", "entries": 7, "bytes": 2048, "layers": 3, "times_only": false})
         );
         let table = view.table();
         let line = "Next save   what changed: 2.05 kB in 7 entries; 3 layers above the base then\n";

@@ -1,6 +1,6 @@
 //! What differs between two images: of their trees, or only of the layers that they do not share.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Read;
 
 use super::verify::archive::{Archive, ArchiveError, Entry, EntryKind, decompress};
@@ -40,6 +40,20 @@ pub struct Changed {
     pub before: Option<Node>,
     /// What the second image has, if it is there and known.
     pub after: Option<Node>,
+    /// Whether it is a hard link to another path than in the first image, of those that are in both.
+    pub link: bool,
+    /// Whether only one of the images hides what the layers that were not read have below this directory.
+    pub opaque: bool,
+}
+
+/// Returns for each of `paths` with several hard links the first of them, of those that are in `paths`.
+fn links<'a>(paths: impl Iterator<Item = (&'a [u8], &'a Node)>) -> HashMap<&'a [u8], &'a [u8]> {
+    let mut first = HashMap::<u64, &[u8]>::new();
+    let files = paths.filter(|(_, node)| node.kind != Kind::Directory);
+    files
+        .map(|(path, node)| (path, *first.entry(node.inode).or_insert(path)))
+        .filter(|(path, leader)| path != leader)
+        .collect()
 }
 
 /// Compares two whole trees. A directory of which only the time differs is left out.
@@ -49,10 +63,13 @@ pub fn of_trees(before: &Tree, after: &Tree) -> Vec<Changed> {
         .chain(after.iter())
         .map(|(path, _)| path)
         .collect();
+    let links_a = links(before.iter().filter(|(path, _)| after.get(path).is_some()));
+    let links_b = links(after.iter().filter(|(path, _)| before.get(path).is_some()));
     let of = |path: &[u8]| {
         let (a, b) = (before.get(path), after.get(path));
+        let link = links_a.get(path) != links_b.get(path);
         let change = match (a, b) {
-            (Some(a), Some(b)) if is_equal(a, b) => return None,
+            (Some(a), Some(b)) if is_equal(a, b) && !link => return None,
             (Some(_), Some(_)) => Change::Changed,
             (Some(_), None) => Change::Deleted,
             (None, _) => Change::Added,
@@ -62,6 +79,8 @@ pub fn of_trees(before: &Tree, after: &Tree) -> Vec<Changed> {
             change,
             before: a.cloned(),
             after: b.cloned(),
+            link,
+            opaque: false,
         })
     };
     paths.into_iter().filter_map(of).collect()
@@ -188,10 +207,25 @@ impl OwnLayers {
         }
         self.inode += 1;
         let mut node = Node::of_entry(entry, self.inode);
-        if entry.kind == EntryKind::File {
-            node.content = Some(archive.content_digest()?);
+        match entry.kind {
+            EntryKind::File => node.content = Some(archive.content_digest()?),
+            // To a file of the layers that are not read.
+            EntryKind::Hardlink => node.target = Some(entry.link.clone()),
+            _ => {}
         }
         Ok(node)
+    }
+
+    /// Returns the paths that are there.
+    fn nodes(&self) -> impl Iterator<Item = (&[u8], &Node)> {
+        let nodes = self.paths.iter();
+        nodes.filter_map(|(path, (_, node))| Some((path.as_slice(), node.as_ref()?)))
+    }
+
+    /// Returns whether nothing of the common layers is seen below a path.
+    fn hides_below(&self, path: &[u8]) -> bool {
+        // No file is called so.
+        matches!(self.state(&join(path, b"\0")), State::Gone)
     }
 
     /// Returns what is known of a path.
@@ -225,12 +259,27 @@ enum State<'a> {
 }
 
 /// Compares the own layers of two images whose other layers are the same. Below a directory that is opaque or replaced in
-/// one image, what the common layers have there is not listed.
+/// one image, what the common layers have there is not listed; an opaque directory says so itself.
 pub fn of_own_layers(before: &OwnLayers, after: &OwnLayers) -> Vec<Changed> {
-    let paths: BTreeSet<&Vec<u8>> = before.paths.keys().chain(after.paths.keys()).collect();
+    let all = |of: &'_ OwnLayers| {
+        of.paths
+            .keys()
+            .chain(&of.opaque)
+            .cloned()
+            .collect::<BTreeSet<_>>()
+    };
+    let paths: BTreeSet<Vec<u8>> = all(before).into_iter().chain(all(after)).collect();
+    let there = |of: &'_ OwnLayers, path: &[u8]| matches!(of.state(path), State::There(_));
+    let links_a = links(before.nodes().filter(|(path, _)| there(after, path)));
+    let links_b = links(after.nodes().filter(|(path, _)| there(before, path)));
     let of = |path: &Vec<u8>| {
+        let link = links_a.get(path.as_slice()) != links_b.get(path.as_slice());
+        let is_opaque = before.opaque.contains(path) || after.opaque.contains(path);
+        let opaque = is_opaque && before.hides_below(path) != after.hides_below(path);
         let (change, a, b) = match (before.state(path), after.state(path)) {
-            (State::There(a), State::There(b)) if is_equal(a, b) => return None,
+            (State::There(a), State::There(b)) if is_equal(a, b) && !link && !opaque => {
+                return None;
+            }
             (State::There(a), State::There(b)) => (Change::Changed, Some(a), Some(b)),
             (State::There(a), State::Gone) => (Change::Deleted, Some(a), None),
             (State::Gone, State::There(b)) => (Change::Added, None, Some(b)),
@@ -238,11 +287,17 @@ pub fn of_own_layers(before: &OwnLayers, after: &OwnLayers) -> Vec<Changed> {
             (State::Common, State::Gone) => (Change::Deleted, None, None),
             (State::There(a), State::Common) => (Change::Written, Some(a), None),
             (State::Common, State::There(b)) => (Change::Written, None, Some(b)),
+            (State::Common, State::Common) if opaque => (Change::Written, None, None),
             (State::Gone, State::Gone) | (State::Common, State::Common) => return None,
         };
         // A directory has an entry for what is in it; the root is always there.
         let is_directory = |node: Option<&Node>| node.is_none_or(|n| n.kind == Kind::Directory);
-        if change == Change::Written && is_directory(a) && is_directory(b) && path.is_empty() {
+        if change == Change::Written
+            && is_directory(a)
+            && is_directory(b)
+            && path.is_empty()
+            && !opaque
+        {
             return None;
         }
         Some(Changed {
@@ -250,9 +305,11 @@ pub fn of_own_layers(before: &OwnLayers, after: &OwnLayers) -> Vec<Changed> {
             change,
             before: a.cloned(),
             after: b.cloned(),
+            link,
+            opaque,
         })
     };
-    paths.into_iter().filter_map(of).collect()
+    paths.iter().filter_map(of).collect()
 }
 
 #[cfg(test)]
@@ -267,6 +324,11 @@ mod tests {
             header.set_entry_type(tar::EntryType::new(*kind));
             header.set_mode(0o644);
             header.set_mtime(1);
+            if *kind == b'1' {
+                header.set_size(0);
+                builder.append_link(&mut header, name, text).unwrap();
+                continue;
+            }
             header.set_size(text.len() as u64);
             builder
                 .append_data(&mut header, name, text.as_bytes())
@@ -350,6 +412,81 @@ mod tests {
                 "Written o/x None Some(1)",
                 "Deleted tmp None None",
             ]
+        );
+        Ok(())
+    }
+
+    fn own(layers: &[&[(&str, u8, &str)]]) -> Result<OwnLayers, ArchiveError> {
+        let mut own = OwnLayers::default();
+        for rows in layers {
+            own.apply(layer(rows).as_slice())?;
+        }
+        Ok(own)
+    }
+
+    /// Paths with `link` or `opaque`, and how they differ.
+    fn flagged(changes: &[Changed]) -> Vec<String> {
+        let flags = |c: &Changed| {
+            let path = String::from_utf8_lossy(&c.path).into_owned();
+            format!("{:?} {path} {} {}", c.change, c.link, c.opaque)
+        };
+        changes.iter().map(flags).collect()
+    }
+
+    #[test]
+    fn hard_links_that_lead_elsewhere_differ() -> Result<(), ArchiveError> {
+        let linked = [("a", b'0', "text"), ("b", b'1', "a"), ("c", b'0', "text")];
+        let other = [("a", b'0', "text"), ("b", b'0', "text"), ("c", b'1', "b")];
+        let expected = ["Changed b true false", "Changed c true false"];
+        let changes = of_own_layers(&own(&[&linked])?, &own(&[&other])?);
+        assert_eq!(flagged(&changes), expected);
+        let tree = |rows: &[(&str, u8, &str)]| -> Result<Tree, ArchiveError> {
+            let mut stack = Layers::new();
+            stack.apply(layer(rows).as_slice())?;
+            Ok(stack.into_tree())
+        };
+        assert_eq!(
+            flagged(&of_trees(&tree(&linked)?, &tree(&other)?)),
+            expected
+        );
+        assert!(of_trees(&tree(&linked)?, &tree(&linked)?).is_empty());
+        // A link that is only in one of them makes no difference for the others.
+        let more = [linked[0], linked[1], linked[2], ("0", b'1', "a")];
+        let changes = of_trees(&tree(&linked)?, &tree(&more)?);
+        assert_eq!(flagged(&changes), ["Added 0 false false"]);
+        // Links to files of the common layers.
+        let (x, y) = ([("l", b'1', "x")], [("l", b'1', "y")]);
+        let changes = of_own_layers(&own(&[&x])?, &own(&[&y])?);
+        assert_eq!(flagged(&changes), ["Changed l false false"]);
+        assert!(of_own_layers(&own(&[&x])?, &own(&[&x])?).is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn a_directory_that_is_opaque_in_one_image_is_named() -> Result<(), ArchiveError> {
+        let plain = [("d/", b'5', ""), ("d/x", b'0', "x")];
+        let opaque = [
+            ("d/", b'5', ""),
+            ("d/.wh..wh..opq", b'0', ""),
+            ("d/x", b'0', "x"),
+        ];
+        let changes = of_own_layers(&own(&[&plain])?, &own(&[&opaque])?);
+        assert_eq!(flagged(&changes), ["Changed d false true"]);
+        assert!(of_own_layers(&own(&[&opaque])?, &own(&[&opaque])?).is_empty());
+        // Without an entry for the directory.
+        let changes = of_own_layers(&own(&[&opaque[1..]])?, &own(&[&plain[1..]])?);
+        assert_eq!(flagged(&changes), ["Written d false true"]);
+        let changes = of_own_layers(&own(&[&opaque])?, &own(&[])?);
+        assert_eq!(
+            flagged(&changes),
+            ["Written d false true", "Written d/x false false"]
+        );
+        // What the other image does not have at all it hides as well.
+        let removed = [(".wh.d", b'0', "")];
+        let changes = of_own_layers(&own(&[&removed])?, &own(&[&removed, &opaque])?);
+        assert_eq!(
+            flagged(&changes),
+            ["Added d false false", "Added d/x false false"]
         );
         Ok(())
     }

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::earlier::{self, ContentOptions, LastSave};
 use super::{Error, Rules, trees};
 use crate::layer::Plan;
-use crate::layer::scan::Scan;
+use crate::layer::scan::{self, Scan};
 use crate::node::container::{self, Base, Container, VolumeRules};
 use crate::save::state_store::Store;
 
@@ -58,6 +58,8 @@ pub(crate) struct NextSave {
     pub(crate) bytes: u64,
     /// Number of layers above the base that the image would have (more if `--layer-size` divides them).
     pub(crate) layers: usize,
+    /// Whether only times of directories have changed since the last save, as where temporary files came and went.
+    pub(crate) times_only: bool,
 }
 
 /// Examines the container as it is now, and returns the scans of its trees, too. A delta needs the status of every entry, a full save a complete walk.
@@ -71,7 +73,7 @@ pub(crate) fn next_save(
     cancel: &CancellationToken,
 ) -> Result<(NextSave, Vec<Arc<Scan>>), Error> {
     let volumes = trees::open(roots, container, question.volumes, question.volume_rules)?;
-    let scan = |earlier: Option<&[Arc<Scan>]>| {
+    let look = |earlier: Option<&[Arc<Scan>]>| {
         let scans = trees::scan_all(
             question.rules,
             container,
@@ -105,17 +107,27 @@ pub(crate) fn next_save(
         LastSave::Save(kept) => {
             let below = kept.description.layers.len();
             let known = earlier::baselines_of_stored(kept.stored);
-            let now = scan(Some(&trees::scans(&known)))?;
+            let now = look(Some(&trees::scans(&known)))?;
             if let Some(changes) = trees::changes(&known, &now) {
+                let only_directories = |scan: &Arc<Scan>| {
+                    let mut emitted = scan.emitted();
+                    emitted.all(|at| scan.entry(at).kind == scan::Kind::Dir)
+                };
+                let times_only = changes.iter().all(only_directories)
+                    && trees::differ_only_in_times(&known, &now);
                 let plans = trees::split_plans(trees::plans(changes, question.timestamp), None);
                 let layers = below + plans.len();
                 let reason = "the last save's image can be built on".to_owned();
-                return Ok((sum(Kind::Delta, reason, &plans, layers), now));
+                let next = NextSave {
+                    times_only,
+                    ..sum(Kind::Delta, reason, &plans, layers)
+                };
+                return Ok((next, now));
             }
             "what changed cannot be said on top of the last save".to_owned()
         }
     };
-    let now = scan(None)?;
+    let now = look(None)?;
     let plans = trees::split_plans(trees::plans(now.clone(), question.timestamp), None);
     let layers = plans.len();
     Ok((sum(Kind::Full, reason, &plans, layers), now))
@@ -128,5 +140,6 @@ fn sum(kind: Kind, reason: String, plans: &[Plan], layers: usize) -> NextSave {
         entries: plans.iter().map(|plan| plan.len() as u64).sum(),
         bytes: plans.iter().map(Plan::tar_size).sum(),
         layers,
+        times_only: false,
     }
 }

@@ -169,6 +169,14 @@ pub(super) fn changes(known: &[Baseline], now: &[Arc<Scan>]) -> Option<Vec<Arc<S
     Some(changes.into_iter().map(Arc::new).collect())
 }
 
+/// Returns whether all that differs is times of directories.
+pub(super) fn differ_only_in_times(known: &[Baseline], now: &[Arc<Scan>]) -> bool {
+    let same = |(known, now): (&Baseline, &Arc<Scan>)| {
+        now.differs_only_in_times(&known.scan, &|index| known.unsure[index as usize])
+    };
+    known.len() == now.len() && known.iter().zip(now).all(same)
+}
+
 /// Returns one plan per tree.
 pub(super) fn plans(scans: Vec<Arc<Scan>>, timestamp: Option<i64>) -> Vec<Plan> {
     let plan = |scan| Plan::new(scan, timestamp);

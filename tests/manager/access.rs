@@ -358,6 +358,16 @@ async fn requests_have_bounds() -> Outcomes {
     let large = json!({"session": "x".repeat(2000)});
     let (status, body) = ask(at, Who::Alice, Method::POST, "/api/v1/saves", Some(large)).await?;
     assert_eq!((status.as_u16(), &body["code"]), (413, &json!("invalid")));
+    let long = format!("/api/v1/images?search={}", "x".repeat(17 << 10));
+    let (status, body) = ask(at, Who::Alice, Method::GET, &long, None).await?;
+    assert_eq!((status.as_u16(), &body["code"]), (414, &json!("invalid")));
+    let refused = request(at, Who::Alice, Method::GET, "/api/v1/me")?
+        .header("X-Long", "x".repeat(33 << 10))
+        .send()
+        .await?;
+    assert_eq!(refused.status(), 431);
+    let problem: serde_json::Value = refused.json().await?;
+    assert_eq!(problem["code"], "invalid", "{problem}");
     let plain = request(at, Who::Alice, Method::POST, "/api/v1/saves")?
         .body("{}")
         .send()

@@ -1,9 +1,14 @@
 //! Sessions that are saved without being asked for while they run: when, by whom, and what becomes of the images.
 
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::TcpListener;
 use upperdeck::service::job::{
     AutosaveWish, Code, JobId, Look, NextSave, Outcome, Replaces, Saved, Session, SessionEnd,
     now_ms,
@@ -18,6 +23,8 @@ use crate::store::push;
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
 
+/// By how much the node's clock is behind.
+const BEHIND_MS: i64 = 3_600_000;
 /// Long after any save of a test.
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -28,10 +35,11 @@ fn changed(n: usize, entries: u64, after: Option<JobId>) -> Session {
             delta: true,
             bytes: Some(0),
             entries: Some(entries),
+            times_only: false,
             last_seconds: None,
         }),
         look: Some(Look {
-            at_ms: now_ms(),
+            at_ms: now_ms() - BEHIND_MS,
             after,
         }),
         ..session(n, Some("alice"))
@@ -121,11 +129,7 @@ async fn what_changed_is_saved_once_whichever_managers_run() -> Outcomes {
     assert_eq!(another.order.session, id(8));
     agent.work(&another).await?;
     // The look after it does, though the node's clock is slow.
-    let mut again = changed(1, 1, Some(claim.order.job));
-    again.look = again.look.map(|look| Look {
-        at_ms: look.at_ms - 3_600_000,
-        ..look
-    });
+    let again = changed(1, 1, Some(claim.order.job));
     agent.heartbeat(&with(&[again])).await?;
     let third = agent.claim().await?;
     assert_eq!(third.order.session, id(1));
@@ -137,6 +141,28 @@ async fn what_changed_is_saved_once_whichever_managers_run() -> Outcomes {
     assert!(done(&all), "{all}");
     manager.stop().await?;
     other.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_was_started_again_with_a_slow_clock_delays_no_autosave() -> Outcomes {
+    let (_site, manager, agent) = at_work(Duration::from_millis(1), &[changed(1, 1, None)]).await?;
+    let first = agent.claim().await?;
+    agent.work(&first).await?;
+    let path = format!("/api/v1/saves/{}", first.order.job);
+    until(manager.address, Who::Alice, &path, |save| {
+        save["state"] == "succeeded"
+    })
+    .await?;
+    // It does not know of the save, and its look is an hour earlier than that by its own clock.
+    let second = loop {
+        agent.heartbeat(&[changed(1, 1, None)]).await?;
+        if let Some(claim) = agent.claim_now(Duration::from_millis(500)).await? {
+            break claim;
+        }
+    };
+    assert_eq!(second.order.session, id(1));
+    assert_ne!(second.order.job, first.order.job);
+    manager.stop().await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -346,6 +372,8 @@ async fn users_set_what_applies_to_their_sessions() -> Outcomes {
         Ok(shown["sessions"][0]["autosave"].clone())
     };
     assert_eq!(shown().await?, Value::Null);
+    let from = get(at, Who::Alice, "/api/v1/sessions").await?;
+    assert_eq!(from["sessions"][0]["autosave_from"], "administrator");
     let (status, body) = put(Who::Alice, own, json!({"every_minutes": 30, "keep": 5})).await?;
     assert_eq!(
         (status, &body["own"]),
@@ -371,16 +399,21 @@ async fn users_set_what_applies_to_their_sessions() -> Outcomes {
         (status, body),
         (
             StatusCode::OK,
-            json!({"autosave": policy(5, 12, "session")})
+            json!({"autosave": policy(5, 12, "session"), "from": "session"})
         )
     );
     let (_, body) = put(Who::Administrator, &of_session, json!({"off": true})).await?;
-    assert_eq!(body, json!({"autosave": null}));
+    assert_eq!(body, json!({"autosave": null, "from": "session"}));
+    let listed = get(at, Who::Alice, "/api/v1/sessions").await?;
+    assert_eq!(listed["sessions"][0]["autosave_from"], "session");
     let delete = async |path: &str| ask(at, Who::Alice, Method::DELETE, path, None).await;
     let (status, body) = delete(&of_session).await?;
     assert_eq!(
         (status, body),
-        (StatusCode::OK, json!({"autosave": policy(20, 12, "pod")}))
+        (
+            StatusCode::OK,
+            json!({"autosave": policy(20, 12, "pod"), "from": "pod"})
+        )
     );
     let (_, body) = put(Who::Alice, own, json!({"off": true})).await?;
     assert_eq!(body["own"], json!({"off": true}));
@@ -505,5 +538,65 @@ async fn images_that_are_not_needed_any_more_are_deleted_unless_their_owner_hold
     let mut expected = [tag.as_str(), third_tag.as_str(), last_tag.as_str()];
     expected.sort_unstable();
     assert_eq!(tags, expected);
+    manager.stop().await
+}
+
+/// A registry that says that it is one, and answers nothing else. Counts the requests that wait, and keeps the maximum.
+async fn hanging_registry(most: Arc<AtomicUsize>) -> Fallible<SocketAddr> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let at = listener.local_addr()?;
+    let waiting = Arc::new(AtomicUsize::new(0));
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (waiting, most) = (waiting.clone(), most.clone());
+            tokio::spawn(async move {
+                let mut stream = BufReader::new(stream);
+                let mut first = String::new();
+                while stream.read_line(&mut first).await.is_ok_and(|n| n > 0) {
+                    if !first.contains(" /v2/ ") {
+                        let now = waiting.fetch_add(1, Ordering::SeqCst) + 1;
+                        most.fetch_max(now, Ordering::SeqCst);
+                        // Until the client gives up.
+                        let mut rest = Vec::new();
+                        let _ = stream.read_to_end(&mut rest).await;
+                        waiting.fetch_sub(1, Ordering::SeqCst);
+                        return;
+                    }
+                    let mut line = String::new();
+                    while stream.read_line(&mut line).await.is_ok_and(|n| n > 2) {
+                        line.clear();
+                    }
+                    let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n";
+                    if stream.get_mut().write_all(answer).await.is_err() {
+                        return;
+                    }
+                    first.clear();
+                }
+            });
+        }
+    });
+    Ok(at)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_hangs_is_asked_about_several_sessions_at_a_time() -> Outcomes {
+    let most = Arc::new(AtomicUsize::new(0));
+    let registry = hanging_registry(most.clone()).await?;
+    let site = Site::new()?;
+    let mut options = options(&site, HOUR)?;
+    options.target = format!("{registry}/p/{{user}}/{{name}}:{{tag}}").parse()?;
+    options.access.tls_verify = false;
+    let manager = site.manager_with(options).await?;
+    let agent = Agent::new(&site.queue, "a");
+    let all: Vec<Session> = (1..=16).map(|n| changed(n, 1, None)).collect();
+    agent.heartbeat(&all).await?;
+    // They are accepted though the registry does not say which tags there are; their agents look again.
+    let open = "/api/v1/saves?state=open&limit=500";
+    until(manager.address, Who::Alice, open, |shown| {
+        list(shown, "saves").len() == all.len()
+    })
+    .await?;
+    let most = most.load(Ordering::SeqCst);
+    assert!(most >= 4, "{most} at a time");
     manager.stop().await
 }

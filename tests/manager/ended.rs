@@ -2,7 +2,7 @@
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
-use upperdeck::service::job::{Session, SessionEnd, now_ms};
+use upperdeck::service::job::{EndWish, SaveEnded, Session, SessionEnd, now_ms};
 
 use crate::site::{Agent, Outcomes, Site, Who, ask, get, id, session, until};
 
@@ -178,8 +178,21 @@ async fn a_session_is_saved_by_itself_once_for_each_end() -> Outcomes {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_user_decides_what_is_saved_when_it_ends_unless_the_pod_says_so() -> Outcomes {
-    let (_site, manager, agent) = Site::at_work(&[session(1, Some("alice"))]).await?;
+    let running = |by_pod| Session {
+        at_end: Some(EndWish {
+            wanted: SaveEnded::Never,
+            by_pod,
+        }),
+        ..session(1, Some("alice"))
+    };
+    let (_site, manager, agent) = Site::at_work(&[running(false)]).await?;
     let at = manager.address;
+    let in_force = |when: &str, from: &str| {
+        let expected = json!({"when": when, "from": from});
+        move |shown: &Value| shown["sessions"][0]["save_on_end"] == expected
+    };
+    let sessions = "/api/v1/sessions";
+    until(at, Who::Alice, sessions, in_force("never", "administrator")).await?;
     let path = "/api/v1/autosave";
     let put = async |who, body: Value| ask(at, who, Method::PUT, path, Some(body)).await;
     let (status, body) = put(Who::Alice, json!({"save_on_end": "failure"})).await?;
@@ -187,6 +200,9 @@ async fn a_user_decides_what_is_saved_when_it_ends_unless_the_pod_says_so() -> O
         (status, &body["own"]),
         (StatusCode::OK, &json!({"save_on_end": "failure"}))
     );
+    until(at, Who::Alice, sessions, in_force("failure", "user")).await?;
+    agent.heartbeat(&[running(true)]).await?;
+    until(at, Who::Alice, sessions, in_force("never", "pod")).await?;
     let (_, body) = put(Who::Bob, json!({"off": true, "save_on_end": "never"})).await?;
     assert_eq!(body["own"], json!({"off": true, "save_on_end": "never"}));
     let of_session = format!("/api/v1/sessions/{}/autosave", id(1));

@@ -13,7 +13,7 @@ use upperdeck::service::manager::Options;
 use upperdeck::service::manager::auth::{Kubernetes, Permission};
 
 use crate::kubernetes_api::{ApiServer, Cluster, Rule, Token};
-use crate::site::{Agent, Manager, Outcomes, Site, Who, ask, http, id, session};
+use crate::site::{Agent, Manager, Outcomes, Site, Who, ask, http, id, session, until};
 use crate::support;
 
 type Fallible<T> = Result<T, Box<dyn std::error::Error>>;
@@ -273,6 +273,50 @@ async fn permissions_of_the_cluster_decide_what_its_users_save() -> Outcomes {
     )
     .await?;
     check(manager.address, &Tokens::recorded(), LAB).await?;
+    manager.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_timeline_has_what_a_user_of_the_cluster_asked_for_or_owns() -> Outcomes {
+    let server = ApiServer::start(recorded()?).await?;
+    let site = Site::new()?;
+    let kubeconfig = server.kubeconfig(site.dir.path(), "TOKEN-manager")?;
+    let options = options(&site, kubeconfig, Permission::Saves)?;
+    let (manager, agent) = at_work(&site, options, &sessions(LAB)).await?;
+    let at = manager.address;
+    // `alice` of the cluster is another user than the owner of the session.
+    for (token, tag) in [("TOKEN-alice", "asked"), ("TOKEN-pod", "by-itself")] {
+        let (status, body) = save(at, token, json!(id(1)), tag).await?;
+        assert_eq!(status, 202, "{body}");
+        let claim = agent.claim().await?;
+        agent.work(&claim).await?;
+        let path = format!("/api/v1/saves/{}", claim.order.job);
+        until(at, Who::Alice, &path, |save| save["state"] == "succeeded").await?;
+    }
+    let path = format!("/api/v1/sessions/{}/timeline", id(1));
+    let tags = async |token: &str| -> Fallible<(u16, Vec<String>)> {
+        let (status, body) = call(at, token, Method::GET, &path, None).await?;
+        let entries = body["entries"].as_array().cloned().unwrap_or_default();
+        let tag = |entry: &Value| entry["tag"].as_str().unwrap_or_default().to_owned();
+        Ok((status, entries.iter().map(tag).collect()))
+    };
+    let one = |tag: &str| (200, vec![tag.to_owned()]);
+    let check = async || -> Outcomes {
+        assert_eq!(tags("TOKEN-alice").await?, one("asked"));
+        assert_eq!(tags("TOKEN-pod").await?, one("by-itself"));
+        assert_eq!(tags("TOKEN-bob").await?, (404, Vec::new()));
+        let (_, owned) = ask(at, Who::Alice, Method::GET, &path, None).await?;
+        assert_eq!(owned["entries"].as_array().map(Vec::len), Some(2));
+        Ok(())
+    };
+    check().await?;
+    // The same after the session is removed.
+    agent.heartbeat(&sessions(LAB)[1..]).await?;
+    until(at, Who::Administrator, "/api/v1/sessions", |shown| {
+        !shown["sessions"].to_string().contains(&id(1))
+    })
+    .await?;
+    check().await?;
     manager.stop().await
 }
 

@@ -130,3 +130,23 @@ async fn a_made_client_saves_checks_lists_and_deletes() -> Outcomes {
     assert_eq!(text?, "saved, checked, listed, deleted\n");
     manager.stop().await
 }
+
+#[tokio::test]
+async fn what_images_are_selected_by_is_an_enumeration() -> Outcomes {
+    let description = serde_json::to_value(upperdeck::service::manager::description())?;
+    let parameters = &description["paths"]["/api/v1/images"]["get"]["parameters"];
+    let schema = |name: &str| {
+        let all = parameters.as_array().into_iter().flatten();
+        let found = all.into_iter().find(|one| one["name"] == name);
+        found.map(|one| one["schema"].clone()).unwrap_or_default()
+    };
+    let category = schema("category");
+    let shown = category.to_string();
+    assert!(shown.contains(r#""enum":["cpu","gpu","any"]"#), "{shown}");
+    let sort = schema("sort").to_string();
+    assert!(
+        sort.contains(r#""enum":["updated","name","size"]"#),
+        "{sort}"
+    );
+    Ok(())
+}

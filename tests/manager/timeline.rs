@@ -185,6 +185,23 @@ async fn saves_are_listed_with_what_changed_and_what_became_of_them() -> Outcome
         let (status, body) = ask(at, who, Method::GET, &timeline(n, ""), None).await?;
         assert_eq!(status, expected, "{who:?} {n}: {body}");
     }
+    // Its saves stay when it is removed, for those who may see them.
+    agent.heartbeat(&[session(2, Some("bob"))]).await?;
+    until(at, Who::Alice, "/api/v1/sessions", |shown| {
+        shown["sessions"] == json!([])
+    })
+    .await?;
+    for who in [Who::Alice, Who::Administrator, Who::PortalFor("alice")] {
+        let shown = get(at, who, &timeline(1, "?limit=3")).await?;
+        assert_eq!(tags(&shown), ["v4", "v3", "v2"], "{who:?}");
+        let next = shown["next"].as_str().ok_or("no next page")?;
+        let shown = get(at, who, &timeline(1, &format!("?cursor={next}"))).await?;
+        assert_eq!(tags(&shown), ["v1"], "{who:?}");
+    }
+    for (who, n) in [(Who::Bob, 1), (Who::Alice, 3), (Who::Administrator, 3)] {
+        let (status, body) = ask(at, who, Method::GET, &timeline(n, ""), None).await?;
+        assert_eq!(status, StatusCode::NOT_FOUND, "{who:?} {n}: {body}");
+    }
     manager.stop().await
 }
 

@@ -39,10 +39,15 @@ fn apply(
     let mut world = enter(world, headers, true)?;
     world.settings.push(asked);
     let mut sessions = world.sessions.iter_mut();
+    let from = autosave
+        .as_ref()
+        .map_or(AutosaveFrom::Session, |now| now.from);
     if let Some(session) = sessions.find(|session| session.id == id) {
         session.autosave.clone_from(&autosave);
+        session.autosave_from = Some(from);
     }
-    Ok(Json(AutosaveInForce { autosave }).into_response())
+    let from = Some(from);
+    Ok(Json(AutosaveInForce { autosave, from }).into_response())
 }
 
 /// The stand-in for `PUT /api/v1/sessions/{id}/autosave`.
@@ -69,6 +74,8 @@ pub async fn clear(
 
 /// Has the pod of the first session say that it is saved.
 pub fn populate(world: &mut World) {
+    world.sessions[0].autosave_from = Some(AutosaveFrom::Pod);
+    world.sessions[1].autosave_from = Some(AutosaveFrom::Administrator);
     world.sessions[0].autosave = Some(SessionAutosave {
         last: Some(ago(1200)),
         waits_for: Some("less than a tenth of the quota is left".to_owned()),
@@ -132,6 +139,21 @@ fn who_has_set_it_is_shown_and_it_is_set_for_one_session() -> Outcome {
     asked(AutosaveSetting::default());
     choose(&browser, "select", "off")?;
     browser.see("This session is not saved by itself.")?;
+    let why = "return document.querySelector('article:first-of-type .autosave .dim').textContent";
+    assert_eq!(
+        browser.run(why, json!([]))?,
+        "This session is not saved by itself.Set for this session."
+    );
+    let clear = "return document.querySelector('.autosave button').checkVisibility()";
+    assert_eq!(browser.run(clear, json!([]))?, Value::Bool(true));
+    // Nothing is set for the other one.
+    browser.click("article:nth-of-type(2) .opener")?;
+    let why = why.replace("first-of-type", "nth-of-type(2)");
+    assert_eq!(
+        browser.run(&why, json!([]))?,
+        "This session is not saved by itself.Your centre’s setting."
+    );
+    browser.click("article:nth-of-type(2) .opener")?;
     asked(AutosaveSetting {
         off: true,
         ..AutosaveSetting::default()

@@ -36,6 +36,7 @@ fn populate(standin: &Standin) {
     crate::packages::populate(&mut world);
     crate::timeline::populate(&mut world);
     crate::autosave::populate(&mut world);
+    crate::end::populate(&mut world);
     crate::packages::list_all(&mut world);
     world.end_session(true);
     let mut lent = world.image("survey", &["v3"], Category::Cpu, 3_000_000_000, 50, None);

@@ -8,6 +8,7 @@ mod autosave;
 mod browser;
 mod calls;
 mod delivery;
+mod end;
 mod looks;
 mod mail;
 mod packages;

@@ -69,6 +69,8 @@ pub struct World {
     pub packages: HashMap<String, Packages>,
     /// The settings for autosaves as received; the default is the one of a request that removes them.
     pub settings: Vec<AutosaveSetting>,
+    /// What the user set for all own sessions.
+    pub own: Option<AutosaveSetting>,
     keys: HashMap<String, JobId>,
 }
 
@@ -124,6 +126,8 @@ impl World {
             suggested_tag: "2026-11-24-1530".to_owned(),
             save: None,
             autosave: None,
+            autosave_from: None,
+            save_on_end: None,
         }
     }
 
@@ -154,6 +158,7 @@ impl World {
             delta: true,
             bytes: Some(TOTAL),
             entries: Some(31_877),
+            times_only: false,
             last_seconds: Some(41.0),
         });
         training.unsaved = vec![
@@ -176,6 +181,7 @@ impl World {
             delta: false,
             bytes: Some(318_000_000),
             entries: Some(31_877),
+            times_only: false,
             last_seconds: None,
         });
         statistics.unsaved = vec![mount("/proc", "proc", false)];
@@ -209,6 +215,7 @@ impl World {
             asked: vec![],
             packages: HashMap::new(),
             settings: vec![],
+            own: None,
             keys: HashMap::new(),
         };
         world.images = vec![
@@ -986,6 +993,12 @@ fn routes(world: Shared) -> Router {
             get(async || Json(serde_json::json!({"token": true}))),
         )
         .route("/sessions", get(sessions))
+        .route(
+            "/autosave",
+            get(crate::end::own)
+                .put(crate::end::set)
+                .delete(crate::end::clear),
+        )
         .route(
             "/sessions/{id}/autosave",
             axum::routing::put(crate::autosave::set).delete(crate::autosave::clear),

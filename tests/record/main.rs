@@ -10,6 +10,7 @@ mod postgres;
 #[allow(dead_code, reason = "each test program uses its part")]
 #[path = "../support/mod.rs"]
 mod support;
+mod timeline;
 
 use std::collections::BTreeSet;
 use std::future::Future;

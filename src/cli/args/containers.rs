@@ -67,12 +67,14 @@ JSON: one object with the fields of 'ps' and
   not_saved    mounts whose content would not be in the image: [{destination, kind, source, volume}];
                not_saved_more how many are not listed
   next_save    what 'upperdeck commit' with the same flags would save now, or null if the base is not proven:
-               {kind, reason, entries, bytes, layers}
+               {kind, reason, entries, bytes, layers, times_only}
                kind     delta (changes since the last save) or full
                reason   why it is that kind
                entries, bytes
                         of the new layers, uncompressed
                layers   of the new image above the base
+               times_only
+                        whether only times of directories have changed since the last save
                The save is full anyway if the destination no longer has the layers of the last one.
   next_save_error
                why such a save would fail, or null

@@ -103,11 +103,13 @@ Examples:
 
 Only the layers that the two images do not share are read. Whether a path that only the layers of one image name is new or
 was changed is then not known: W. --full reads all layers and says A or C, with the size before.
-A directory of which only the time differs is not listed.
+A directory of which only the time differs is not listed. Without --full, what an opaque directory of one image hides is not
+listed, but the directory is, with a note. A hard link that leads to another path of both images differs.
 
 JSON: {a, b (digests), common_layers, full, changes, packages, bytes_read}, where changes is
-  [{change, path, before, after}]; change is A, C, D or W; before and after are {type, mode, uid, gid, size}, or null if
-  the path is not there, or not known; packages is that of 'inspect --packages', or null. Paths are text: a byte that is not
+  [{change, path, before, after}], with link: true where a hard link leads elsewhere, and opaque: true where only one image
+  hides what is below in common layers; change is A, C, D or W; before and after are {type, mode, uid, gid, size}, or null
+  if the path is not there, or not known; packages is that of 'inspect --packages', or null. Paths are text: a byte that is not
   UTF-8 is \\xNN, a control character \\u{N}, a backslash \\\\.";
 
 #[derive(Debug, Args)]

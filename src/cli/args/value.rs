@@ -32,6 +32,33 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "expected a duration such as 500ms, 30s or 2m".to_owned())
 }
 
+/// The time between autosaves: 0 for none, or 1 second to 7 days.
+#[cfg(feature = "service")]
+pub(super) fn autosave(text: &str) -> Result<Duration, String> {
+    between_saves(text, "0, or 1s to 7d", |time| time.is_zero())
+}
+
+/// The minimum of that time: 1 second to 7 days.
+#[cfg(feature = "service")]
+pub(super) fn autosave_min(text: &str) -> Result<Duration, String> {
+    between_saves(text, "1s to 7d", |_| false)
+}
+
+#[cfg(feature = "service")]
+fn between_saves(
+    text: &str,
+    bounds: &str,
+    also: impl Fn(Duration) -> bool,
+) -> Result<Duration, String> {
+    use crate::service::manager::{LEAST_AUTOSAVE, MOST_AUTOSAVE};
+    let time = duration(text)?;
+    if (LEAST_AUTOSAVE..=MOST_AUTOSAVE).contains(&time) || also(time) {
+        Ok(time)
+    } else {
+        Err(format!("it is {bounds}"))
+    }
+}
+
 /// Returns a parser for a path that may be empty, which clap's own parser takes for a missing value.
 pub(super) fn any_path() -> impl clap::builder::TypedValueParser<Value = PathBuf> {
     use clap::builder::{OsStringValueParser, TypedValueParser as _};

@@ -40,6 +40,7 @@ pub(super) async fn run(client: &Client, args: &JobAutosave) -> anyhow::Result<(
         None if args.default => client.delete(&path).await?,
         None => AutosaveInForce {
             autosave: session.autosave,
+            from: session.autosave_from,
         },
     };
     print(args.format, &in_force, in_force_now)
@@ -160,14 +161,15 @@ fn in_force_now(in_force: &AutosaveInForce) -> String {
 }
 
 fn in_force_text(in_force: &AutosaveInForce, now: Timestamp) -> String {
-    let Some(autosave) = &in_force.autosave else {
-        return "off\n".to_owned();
+    let autosave = in_force.autosave.as_ref();
+    let policy = autosave.map(|autosave| policy_text(autosave.policy));
+    let mut text = format!("autosave  {}\n", policy.as_deref().unwrap_or("off"));
+    if let Some(from) = autosave.map(|autosave| autosave.from).or(in_force.from) {
+        text.push_str(&format!("set by    {}\n", api_name(&from)));
+    }
+    let Some(autosave) = autosave else {
+        return text;
     };
-    let mut text = format!(
-        "autosave  {}\nset by    {}\n",
-        policy_text(autosave.policy),
-        api_name(&autosave.from)
-    );
     if let Some(last) = &autosave.last {
         text.push_str(&format!("last      {} ago\n", age(last, now)));
     }
@@ -209,8 +211,13 @@ mod tests {
             "own       every 90m, keep 3\ndefault   every 2d, keep 12\nminimum   5m\nat end    failure\n"
         );
         let now: Timestamp = "2026-11-24T12:00:00Z".parse()?;
-        let mut in_force = AutosaveInForce { autosave: None };
-        assert_eq!(in_force_text(&in_force, now), "off\n");
+        let mut in_force = AutosaveInForce::default();
+        assert_eq!(in_force_text(&in_force, now), "autosave  off\n");
+        in_force.from = Some(AutosaveFrom::Session);
+        assert_eq!(
+            in_force_text(&in_force, now),
+            "autosave  off\nset by    session\n"
+        );
         assert_eq!(brief(None), "-");
         let autosave = SessionAutosave {
             policy: policy(120),

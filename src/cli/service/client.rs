@@ -65,7 +65,7 @@ impl Error {
                 status, retryable, ..
             } => match status {
                 401 | 403 => Exit::NotPermitted,
-                400 | 405 | 413 | 415 | 422 => Exit::Usage,
+                400 | 405 | 413..=415 | 422 | 431 => Exit::Usage,
                 _ if *retryable => Exit::Retry,
                 _ => Exit::Failed,
             },

@@ -342,6 +342,10 @@ fn manager_options(
     options.connections = connection_limits(serve)?;
     options.open_per_user = serve.open_per_user;
     options.saves_per_day = serve.saves_per_day;
+    if !serve.autosave.is_zero() && serve.autosave < serve.autosave_min {
+        let why = "--autosave is shorter than --autosave-min";
+        return Err(Usage(why.to_owned()).into());
+    }
     options.autosave = manager::AutosaveDefaults {
         every: Some(serve.autosave).filter(|every| !every.is_zero()),
         keep: serve.autosave_keep,

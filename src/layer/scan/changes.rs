@@ -48,6 +48,8 @@ struct Comparison<'a> {
     included: Vec<bool>,
     /// By index of a directory in the current scan: entries of the earlier scan that are in the image and are gone now.
     gone: HashMap<u32, Vec<u32>>,
+    /// Something else differs than the times of directories.
+    differs: bool,
 }
 
 /// The changes cannot be expressed on top of the earlier layer: the base's content would have to reappear where that
@@ -65,22 +67,16 @@ impl Scan {
     /// Returns `None` if no such layer exists, because the base's content would have to reappear where the earlier
     /// layer has an entry; everything has to be saved again then.
     pub fn changes_since(&self, earlier: &Scan, unsure: &dyn Fn(u32) -> bool) -> Option<Scan> {
-        if !self.lowers_known || !earlier.lowers_known || self.above != earlier.above {
-            return None;
-        }
-        let mut comparison = Comparison {
-            earlier,
-            now: self,
-            earlier_ends: earlier.rows.ends(),
-            now_ends: self.rows.ends(),
-            included: vec![false; self.len()],
-            gone: HashMap::new(),
-        };
-        comparison.root(unsure).ok()?;
-        comparison.tree(unsure).ok()?;
+        let mut comparison = Comparison::of(self, earlier, unsure)?;
         comparison.link_groups();
         comparison.parents();
         Some(comparison.scan())
+    }
+
+    /// Returns whether the tree is that of the earlier scan but for the times of directories: names, contents and all other
+    /// metadata are the same. So it is where a temporary file came and went. `unsure` is as for [`Self::changes_since`].
+    pub fn differs_only_in_times(&self, earlier: &Scan, unsure: &dyn Fn(u32) -> bool) -> bool {
+        Comparison::of(self, earlier, unsure).is_some_and(|comparison| !comparison.differs)
     }
 
     /// Empties the changes of a volume if they consist only of directories above it that the changes of the containing
@@ -176,7 +172,37 @@ impl Names {
     }
 }
 
-impl Comparison<'_> {
+impl<'a> Comparison<'a> {
+    /// Compares two scans; `None` if the changes cannot be expressed.
+    fn of(now: &'a Scan, earlier: &'a Scan, unsure: &dyn Fn(u32) -> bool) -> Option<Self> {
+        if !now.lowers_known || !earlier.lowers_known || now.above != earlier.above {
+            return None;
+        }
+        let mut comparison = Self {
+            earlier,
+            now,
+            earlier_ends: earlier.rows.ends(),
+            now_ends: now.rows.ends(),
+            included: vec![false; now.len()],
+            gone: HashMap::new(),
+            differs: false,
+        };
+        comparison.root(unsure).ok()?;
+        comparison.tree(unsure).ok()?;
+        Some(comparison)
+    }
+
+    /// Returns whether two directories are the same but for their times and what is in them. What was read of them is
+    /// compared, so that this does not depend on their change times.
+    fn only_times(&self, was: &Entry, is: &Entry) -> bool {
+        let inode = |e: &Entry| (e.kind, e.root, e.ino);
+        let looks = |e: &Entry| (e.mode, e.uid, e.gid, e.flags.has(Flags::OPAQUE));
+        is.kind == Kind::Dir
+            && inode(was) == inode(is)
+            && looks(was) == looks(is)
+            && self.now.xattrs(is) == self.earlier.xattrs(was)
+    }
+
     fn root(&mut self, unsure: &dyn Fn(u32) -> bool) -> Result<(), NotExpressible> {
         let (Some(now), Some(before)) = (self.now.entries().next(), self.earlier.entries().next())
         else {
@@ -184,7 +210,10 @@ impl Comparison<'_> {
         };
         match (is_omitted(&before), is_omitted(&now)) {
             (true, true) => {}
-            (true, false) => self.included[0] = true,
+            (true, false) => {
+                self.included[0] = true;
+                self.differs |= unsure(0) || !self.only_times(&before, &now);
+            }
             // The base's root may differ from the upper's, where the runtime sets a mode of its own.
             (false, true) => return Err(NotExpressible),
             (false, false) => {
@@ -192,6 +221,7 @@ impl Comparison<'_> {
                 self.included[0] = looks(&now) != looks(&before)
                     || self.now.xattrs(&now) != self.earlier.xattrs(&before)
                     || unsure(0);
+                self.differs |= unsure(0) || !self.only_times(&before, &now);
             }
         }
         Ok(())
@@ -277,11 +307,15 @@ impl Comparison<'_> {
                 let looks = |e: &Entry| (e.mode, e.uid, e.gid, e.mtime);
                 self.included[now as usize] |=
                     looks(&was) != looks(&is) || self.now.xattrs(&is) != self.earlier.xattrs(&was);
+                self.differs |= !self.only_times(&was, &is);
                 return Ok(Some(self.pair(before, now)));
             }
             // Deleted in both.
             (true, _, true, _) | (false, None, false, None) => {}
-            (false, _, true, _) => self.included[mark_now as usize] = true,
+            (false, _, true, _) => {
+                self.included[mark_now as usize] = true;
+                self.differs = true;
+            }
             (true, _, false, Some(entry)) => self.subtree(now, &entry, SubtreeBase::Empty)?,
             // The base's content has to reappear where the image has a whiteout.
             (true, _, false, None) => return Err(NotExpressible),
@@ -300,6 +334,7 @@ impl Comparison<'_> {
                     (false, _) => same,
                 };
                 self.included[now as usize] |= !shown;
+                self.differs |= !shown && (unsure(before) || !self.only_times(&was, &is));
                 if (was.kind, is.kind) == (Kind::Dir, Kind::Dir) {
                     return Ok(Some(self.pair(before, now)));
                 }
@@ -314,6 +349,7 @@ impl Comparison<'_> {
                     }
                 } else {
                     self.gone.entry(dir).or_default().push(before);
+                    self.differs = true;
                 }
             }
         }
@@ -337,10 +373,14 @@ impl Comparison<'_> {
         }
         for index in range {
             let entry = self.now.entry(index);
-            self.included[index as usize] |= match how {
+            let taken = match how {
                 SubtreeBase::Base => !is_omitted(&entry),
                 SubtreeBase::Empty => !is_mark(entry.kind),
             };
+            self.included[index as usize] |= taken;
+            // A directory of the base that was copied up.
+            let of_base = how == SubtreeBase::Base && entry.flags.has(Flags::TIME_ONLY);
+            self.differs |= taken && !(of_base && entry.kind == Kind::Dir);
         }
         Ok(())
     }

@@ -130,8 +130,7 @@ impl EndedSessions {
         let at_ms = at_ms.map(jiff::Timestamp::as_millisecond);
         let settled =
             end.is_recorded() || noticed.is_some_and(|noticed| noticed.at.elapsed() >= SETTLE);
-        let wish = save_ended::wish(container);
-        let wanted = wish.unwrap_or(options.save_ended);
+        let wish = save_ended::wish(options, container);
         let mut session = session(options, container);
         session.started_ms = started_ms
             .or(noticed.map(|noticed| noticed.started_ms))
@@ -143,8 +142,8 @@ impl EndedSessions {
             save: settled
                 && session.owner.is_some()
                 && !session.auxiliary
-                && wanted.wants(end.exit_code, end.out_of_memory),
-            by_pod: wish.is_some(),
+                && wish.wanted.wants(end.exit_code, end.out_of_memory),
+            by_pod: wish.by_pod,
             settled,
         });
         session
@@ -309,6 +308,7 @@ mod tests {
             let wanted = told.ended.as_ref().is_some_and(|end| end.save);
             let known = said.is_some_and(|(value, _)| value.parse::<SaveEnded>().is_ok());
             assert_eq!(told.ended.as_ref().map(|end| end.by_pod), Some(known));
+            assert_eq!(told.at_end.map(|wish| wish.by_pod), Some(known));
             assert_eq!(mark(&[told]).is_some(), wanted);
             wanted
         };

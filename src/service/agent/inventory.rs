@@ -202,6 +202,7 @@ impl State {
                 delta: next.kind == "delta",
                 bytes: Some(next.bytes),
                 entries: Some(next.entries),
+                times_only: next.times_only,
                 last_seconds: self.saved.get(&session.id).map(|saved| saved.seconds),
             });
         }
@@ -232,6 +233,8 @@ struct Next {
     kind: String,
     bytes: u64,
     entries: u64,
+    #[serde(default)]
+    times_only: bool,
 }
 
 /// Returns the problems of a listing as sentences, those with what runs before the others.
@@ -343,6 +346,7 @@ mod tests {
             delta: true,
             bytes: Some(7),
             entries: Some(1),
+            times_only: false,
             last_seconds: Some(2.5),
         };
         assert_eq!(

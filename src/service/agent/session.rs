@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use super::options::Options;
-use super::{autosave, kind};
+use super::{autosave, kind, save_ended};
 use crate::common::{escape, pod};
 use crate::node::container::{self, Container, MountPoint};
 use crate::service::job::{Session, Unsaved};
@@ -44,6 +44,7 @@ pub(super) fn session(options: &Options, container: &Container) -> Session {
         unsaved_more: more,
         look: None,
         autosave: autosave::wish(container),
+        at_end: Some(save_ended::wish(options, container)),
         auxiliary: !is_meant(container),
         problem: container.mounts_cut.then(|| {
             "more is mounted in it than is listed; a save is refused where it is more than a save can take".to_owned()

@@ -17,7 +17,7 @@ pub use report::{Outcome, Report, Saved, Update};
 pub use save_ended::SaveEnded;
 pub use seal::{Keys, Message, SealError, Sealed};
 pub use session::{
-    AutosaveWish, Category, Kind, Load, Look, NextSave, Node, Session, SessionEnd, Unsaved,
+    AutosaveWish, Category, EndWish, Kind, Load, Look, NextSave, Node, Session, SessionEnd, Unsaved,
 };
 pub use state::{Code, State};
 

@@ -23,6 +23,15 @@ impl JobId {
         Self(Uuid::now_v7())
     }
 
+    /// Returns when it was created: milliseconds since the epoch, UTC; 0 if it does not say.
+    pub(crate) fn created_ms(self) -> i64 {
+        let at = self.0.get_timestamp().map(|at| at.to_unix());
+        at.map_or(0, |(seconds, nanos)| {
+            let seconds = i64::try_from(seconds).unwrap_or(i64::MAX / 1000);
+            seconds * 1000 + i64::from(nanos / 1_000_000)
+        })
+    }
+
     /// Returns an identifier that sorts before every one that was created at or after `ms` (milliseconds since the
     /// epoch).
     pub(crate) fn earliest(ms: i64) -> Self {

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::JobId;
+use super::{JobId, SaveEnded};
 use crate::image::packages::Packages;
 
 /// Kind of application that a session runs.
@@ -106,6 +106,9 @@ pub struct Session {
     /// What its pod says about autosaves.
     #[serde(default)]
     pub autosave: Option<AutosaveWish>,
+    /// What its pod or else its node's administrator says about its end; absent if the agent is of an earlier version.
+    #[serde(default)]
+    pub at_end: Option<EndWish>,
     /// Whether it is another container of its pod than the one that the pod's name means: a proxy, or not the default one.
     #[serde(default)]
     pub auxiliary: bool,
@@ -135,6 +138,15 @@ pub enum AutosaveWish {
     },
 }
 
+/// Whether a session is saved when it ends, as far as its node knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct EndWish {
+    /// After which ends.
+    pub wanted: SaveEnded,
+    /// Whether its pod says so, which goes before what its user wants; else its node's administrator does.
+    pub by_pod: bool,
+}
+
 /// Forecast of the next save of a session.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct NextSave {
@@ -146,6 +158,9 @@ pub struct NextSave {
     /// removed; absent if unknown.
     #[serde(default)]
     pub entries: Option<u64>,
+    /// Whether only times of directories have changed since the last save, as where temporary files came and went.
+    #[serde(default)]
+    pub times_only: bool,
     /// Duration of the last save of this session, in seconds; absent if there was none.
     pub last_seconds: Option<f64>,
 }

@@ -8,16 +8,14 @@ use std::time::Duration;
 use tokio::sync::Notify;
 
 use super::App;
-use super::api::{AutosaveFrom, AutosavePolicy, SessionAutosave};
+use super::api::{AutosaveFrom, AutosaveInForce, AutosavePolicy, SessionAutosave};
 use super::names::suggested_name;
-use super::options::AutosaveDefaults;
+use super::options::{AutosaveDefaults, MOST_AUTOSAVE};
 use super::refusal::Refusal;
 use super::time::rfc3339;
 use crate::service::job::{AutosaveWish, Session};
 use crate::service::record::{self, AutosaveSetting};
 
-/// Longest time from a save to the next one.
-const MOST: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Maximum number of the latest autosaves that are kept.
 pub(super) const MAX_KEEP: u32 = 100;
 
@@ -71,7 +69,6 @@ pub(super) struct Policy {
     pub(super) every: Duration,
     /// Number of the latest ones that are kept.
     pub(super) keep: u32,
-    from: AutosaveFrom,
 }
 
 /// What users have set, by user and name of the session.
@@ -95,6 +92,15 @@ pub(super) fn policy(
     settings: &Settings,
     session: &Session,
 ) -> Option<Policy> {
+    decided(defaults, settings, session)?.0
+}
+
+/// Returns the autosaves of a session, if there are any, and who decided so; `None` if there cannot be any.
+fn decided(
+    defaults: &AutosaveDefaults,
+    settings: &Settings,
+    session: &Session,
+) -> Option<(Option<Policy>, AutosaveFrom)> {
     let owner = session.owner.as_ref()?;
     if session.ended.is_some() || session.auxiliary {
         return None;
@@ -118,25 +124,19 @@ pub(super) fn policy(
     } else {
         ((defaults.every, None), AutosaveFrom::Administrator)
     };
-    Some(bounded(defaults, every?, keep, from))
+    let policy = every.map(|every| bounded(defaults, every, keep));
+    Some((policy, from))
 }
 
 /// Returns what an administrator set as the default; `None` if there are none.
 pub(super) fn default_policy(defaults: &AutosaveDefaults) -> Option<AutosavePolicy> {
-    let from = AutosaveFrom::Administrator;
-    Some(bounded(defaults, defaults.every?, None, from).view())
+    Some(bounded(defaults, defaults.every?, None).view())
 }
 
-fn bounded(
-    defaults: &AutosaveDefaults,
-    every: Duration,
-    keep: Option<u32>,
-    from: AutosaveFrom,
-) -> Policy {
+fn bounded(defaults: &AutosaveDefaults, every: Duration, keep: Option<u32>) -> Policy {
     Policy {
-        every: every.min(MOST).max(defaults.least),
+        every: every.min(MOST_AUTOSAVE).max(defaults.least),
         keep: keep.unwrap_or(defaults.keep).clamp(1, MAX_KEEP),
-        from,
     }
 }
 
@@ -153,32 +153,34 @@ impl Policy {
     }
 }
 
-/// Returns the autosaves of sessions, by the ID of the session.
+/// Returns what applies to sessions, by the ID of the session. Those that there cannot be autosaves of are left out.
 pub(super) async fn views(
     app: &App,
     sessions: &[&Session],
-) -> Result<HashMap<String, SessionAutosave>, Refusal> {
+) -> Result<HashMap<String, AutosaveInForce>, Refusal> {
     let settings = settings_of(app, sessions.iter().copied()).await?;
-    let policies: HashMap<&str, Policy> = sessions
+    let decided: HashMap<&str, (Option<Policy>, AutosaveFrom)> = sessions
         .iter()
         .filter_map(|session| {
-            let policy = policy(&app.options.autosave, &settings, session)?;
-            Some((session.id.as_str(), policy))
+            let decided = decided(&app.options.autosave, &settings, session)?;
+            Some((session.id.as_str(), decided))
         })
         .collect();
-    let ids: Vec<&str> = policies.keys().copied().collect();
+    let with_policy = decided.iter().filter(|(_, (policy, _))| policy.is_some());
+    let ids: Vec<&str> = with_policy.map(|(id, _)| *id).collect();
     let last = app.record.last_autosaves(&ids).await?;
     let waits = app.autosaves.waits();
-    let view = |(id, policy): (&str, Policy)| {
-        let view = SessionAutosave {
+    let view = |(id, (policy, from)): (&str, (Option<Policy>, AutosaveFrom))| {
+        let autosave = policy.map(|policy| SessionAutosave {
             policy: policy.view(),
-            from: policy.from,
+            from,
             last: last.get(id).copied().map(rfc3339),
             waits_for: waits.get(id).cloned(),
-        };
-        (id.to_owned(), view)
+        });
+        let from = Some(from);
+        (id.to_owned(), AutosaveInForce { autosave, from })
     };
-    Ok(policies.into_iter().map(view).collect())
+    Ok(decided.into_iter().map(view).collect())
 }
 
 #[cfg(test)]
@@ -213,10 +215,10 @@ mod tests {
         let mut settings = Settings::new();
         let mut it = session();
         let found = |settings: &Settings, session: &Session| {
-            let found = policy(&defaults, settings, session)?;
-            Some((found.every, found.keep, found.from))
+            let (policy, from) = decided(&defaults, settings, session)?;
+            Some((policy.map(|policy| (policy.every, policy.keep)), from))
         };
-        let expected = |every, keep, from| Some((minutes(every), keep, from));
+        let expected = |every, keep, from| Some((Some((minutes(every), keep)), from));
         let by_default = expected(60, 12, AutosaveFrom::Administrator);
         assert_eq!(found(&settings, &it), by_default);
         settings.insert(("bob".to_owned(), String::new()), set(None, None));
@@ -229,14 +231,17 @@ mod tests {
         });
         assert_eq!(found(&settings, &it), expected(20, 12, AutosaveFrom::Pod));
         it.autosave = Some(AutosaveWish::Off);
-        assert_eq!(found(&settings, &it), None);
+        assert_eq!(found(&settings, &it), Some((None, AutosaveFrom::Pod)));
         settings.insert(key("lab"), set(Some(10), None));
         assert_eq!(
             found(&settings, &it),
             expected(10, 12, AutosaveFrom::Session)
         );
         settings.insert(key("lab"), set(None, None));
-        assert_eq!(found(&settings, &it), None);
+        assert_eq!(found(&settings, &it), Some((None, AutosaveFrom::Session)));
+        let none = AutosaveDefaults::default();
+        let nothing_set = decided(&none, &Settings::new(), &session());
+        assert_eq!(nothing_set, Some((None, AutosaveFrom::Administrator)));
     }
 
     #[test]

@@ -10,15 +10,14 @@ use super::autosave::{MAX_KEEP, default_policy, in_minutes, views};
 use super::extract::{Body, Path};
 use super::inventory::find;
 use super::names::suggested_name;
+use super::options::MOST_AUTOSAVE;
 use super::refusal::Refusal;
 use crate::service::record::AutosaveSetting;
-
-/// Longest time from a save to the next one.
-const MOST_MINUTES: u32 = 7 * 24 * 60;
 
 /// Returns a setting as the record keeps it.
 fn checked(asked: &api::AutosaveSetting) -> Result<AutosaveSetting, Refusal> {
     let refuse = |field, message: String| Err(Refusal::invalid(field, message));
+    let most = in_minutes(MOST_AUTOSAVE);
     if asked
         .keep
         .is_some_and(|keep| !(1..=MAX_KEEP).contains(&keep))
@@ -26,9 +25,9 @@ fn checked(asked: &api::AutosaveSetting) -> Result<AutosaveSetting, Refusal> {
         return refuse("keep", format!("it is 1 to {MAX_KEEP}"));
     }
     match (asked.every_minutes, asked.off) {
-        (Some(minutes), false) if (1..=MOST_MINUTES).contains(&minutes) => {}
+        (Some(minutes), false) if (1..=most).contains(&minutes) => {}
         (Some(_), false) => {
-            return refuse("every_minutes", format!("it is 1 to {MOST_MINUTES}"));
+            return refuse("every_minutes", format!("it is 1 to {most}"));
         }
         (None, true) if asked.keep.is_none() => {}
         (_, true) => return refuse("off", "with off, nothing else is set".to_owned()),
@@ -141,8 +140,8 @@ async fn change_session(
     }
     let name = suggested_name(session);
     app.record.set_autosave(owner, &name, setting).await?;
-    let autosave = views(app, &[session]).await?.remove(&session.id);
-    Ok(Json(AutosaveInForce { autosave }))
+    let in_force = views(app, &[session]).await?.remove(&session.id);
+    Ok(Json(in_force.unwrap_or_default()))
 }
 
 /// Sets when a session is saved without being asked for.

@@ -369,13 +369,13 @@ enum Order {
     Size,
 }
 
-/// A category, or the empty value of a form's field.
+/// A category, or any, which the empty value of a form's field means, too.
 #[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum CategoryOrAny {
     Cpu,
     Gpu,
-    #[serde(rename = "")]
+    #[serde(alias = "")]
     Any,
 }
 

@@ -86,6 +86,8 @@ pub(super) struct NodeStatus {
     pub(super) node: Node,
     /// Measured by the queue's clock, because the node's clock may be wrong.
     since_heartbeat: Duration,
+    /// By how much the node's clock is behind the manager's, in milliseconds.
+    behind_ms: i64,
 }
 
 impl NodeStatus {
@@ -162,13 +164,28 @@ impl Inventory {
         // A node that the queue no longer knows has been silent for very long.
         let since_heartbeat =
             |node: &Node| silences.get(&node.name).copied().unwrap_or(Duration::MAX);
-        let heard = nodes.into_iter().map(|node| NodeStatus {
-            since_heartbeat: since_heartbeat(&node),
-            node,
+        let now = now_ms();
+        let heard = nodes.into_iter().map(|node| {
+            let since_heartbeat = since_heartbeat(&node);
+            let since_ms = i64::try_from(since_heartbeat.as_millis()).unwrap_or(i64::MAX);
+            NodeStatus {
+                since_heartbeat,
+                behind_ms: now.saturating_sub(since_ms).saturating_sub(node.at_ms),
+                node,
+            }
         });
         let nodes = Arc::new(heard.collect::<Vec<_>>());
         *held = Some((Instant::now(), nodes.clone()));
         Ok(nodes)
+    }
+
+    /// Returns by how much the clock of each node that is heard of is behind the manager's, in milliseconds.
+    pub(super) async fn clocks(&self, queue: &Queue) -> Result<HashMap<String, i64>, queue::Error> {
+        let nodes = self.nodes(queue).await?;
+        let alive = nodes.iter().filter(|node| node.is_alive());
+        Ok(alive
+            .map(|node| (node.node.name.clone(), node.behind_ms))
+            .collect())
     }
 }
 
@@ -373,34 +390,39 @@ pub(super) async fn sessions(
     let end_wishes = end_wishes::of(&app, all.iter().copied()).await?;
     let sessions = all
         .into_iter()
-        .map(|session| SessionView {
-            id: session.id.clone(),
-            node: session.node.clone(),
-            owner: session.owner.clone(),
-            namespace: session.namespace.clone(),
-            pod: session.pod.clone(),
-            container: session.container.clone(),
-            runtime: session.runtime.clone(),
-            kind: session.kind,
-            category: session.category,
-            image: session.image.clone(),
-            started: rfc3339(session.started_ms),
-            ended: session.ended.as_ref().map(|end| SessionEndView {
-                at: end.at_ms.map(rfc3339),
-                exit_code: end.exit_code,
-                out_of_memory: end.out_of_memory,
-                save: end_wishes::is_wanted(&end_wishes, session),
-            }),
-            upper_bytes: session.upper_bytes,
-            upper_entries: session.upper_entries,
-            next: session.next.clone(),
-            unsaved: session.unsaved.clone(),
-            unsaved_more: session.unsaved_more,
-            problem: session.problem.clone(),
-            suggested_name: suggested_name(session),
-            suggested_tag: suggested_tag(session, now),
-            save: open.get(&session.id).copied(),
-            autosave: autosaves.remove(&session.id),
+        .map(|session| {
+            let in_force = autosaves.remove(&session.id).unwrap_or_default();
+            SessionView {
+                id: session.id.clone(),
+                node: session.node.clone(),
+                owner: session.owner.clone(),
+                namespace: session.namespace.clone(),
+                pod: session.pod.clone(),
+                container: session.container.clone(),
+                runtime: session.runtime.clone(),
+                kind: session.kind,
+                category: session.category,
+                image: session.image.clone(),
+                started: rfc3339(session.started_ms),
+                ended: session.ended.as_ref().map(|end| SessionEndView {
+                    at: end.at_ms.map(rfc3339),
+                    exit_code: end.exit_code,
+                    out_of_memory: end.out_of_memory,
+                    save: end_wishes::is_wanted(&end_wishes, session),
+                }),
+                upper_bytes: session.upper_bytes,
+                upper_entries: session.upper_entries,
+                next: session.next.clone(),
+                unsaved: session.unsaved.clone(),
+                unsaved_more: session.unsaved_more,
+                problem: session.problem.clone(),
+                suggested_name: suggested_name(session),
+                suggested_tag: suggested_tag(session, now),
+                save: open.get(&session.id).copied(),
+                autosave: in_force.autosave,
+                autosave_from: in_force.from,
+                save_on_end: end_wishes::view(&end_wishes, session),
+            }
         })
         .collect();
     let (sessions, next) = cut(sessions, asked.cursor.as_deref(), limit, |session| {

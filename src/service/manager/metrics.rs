@@ -51,7 +51,7 @@ struct CloseLabel {
 }
 
 /// The tasks whose errors are counted.
-const TASKS: [&str; 8] = [
+const TASKS: [&str; 12] = [
     "hear",
     "errands",
     "words",
@@ -60,6 +60,10 @@ const TASKS: [&str; 8] = [
     "measure",
     "record",
     "notices",
+    "ended",
+    "autosave",
+    "thin",
+    "clock",
 ];
 const OUTCOMES: [&str; 3] = ["delivered", "retried", "given_up"];
 

@@ -69,8 +69,10 @@ use crate::service::connections::{self, Bound};
 
 pub use self::cors::WebOrigin;
 pub use self::mail::{Encryption, Mail, MailError, SmtpServer};
-pub use self::options::{AutosaveDefaults, Resources};
-pub use self::options::{Listen, Options, Rate, check_sender, check_start_url, check_webhook};
+pub use self::options::{
+    AutosaveDefaults, LEAST_AUTOSAVE, Listen, MOST_AUTOSAVE, Options, Rate, Resources,
+    check_reserved_tag, check_sender, check_start_url, check_webhook,
+};
 pub use self::routes::description;
 pub use self::webhooks::{Secrets, Webhooks};
 pub use crate::service::connections::{ConnectionLimits, raise_open_files};

@@ -10,8 +10,9 @@ use reqwest::Url;
 use super::auth::{Addresses, Groups, Jwt, Kubernetes, Oidc, Proxies, Tokens};
 use super::cors::WebOrigin;
 use super::mail::Mail;
-use super::target::Template;
+use super::target::{AUTOSAVE_TAG, ENDED_TAG, Template};
 use super::webhooks::Webhooks;
+use crate::common::reference::check_tag;
 use crate::service::connections::ConnectionLimits;
 use crate::store::registry::Access;
 
@@ -85,6 +86,28 @@ pub struct Resources {
     /// The kubeconfig; `None`: the service account of the manager's pod.
     pub kubeconfig: Option<PathBuf>,
 }
+
+/// Checks a tag that is reserved: a tag, or with `*` at its end the beginning of tags. One that matches tags of the service
+/// itself is refused, as is `*` alone, which would leave no tag for saves.
+pub fn check_reserved_tag(text: &str) -> Result<String, String> {
+    let start = text.strip_suffix('*');
+    check_tag(start.unwrap_or(text)).map_err(|_| {
+        "expected a tag, or the beginning of one and '*': 1 to 128 letters, digits and . _ -, the first none of . and -".to_owned()
+    })?;
+    let matches =
+        |tag: &str| start.is_some_and(|start| start.starts_with(tag) || tag.starts_with(start));
+    if matches(AUTOSAVE_TAG) || text.starts_with(AUTOSAVE_TAG) || matches(ENDED_TAG) {
+        return Err(format!(
+            "it would match the tags of autosaves ({AUTOSAVE_TAG}…) or of saves of sessions that ended ({ENDED_TAG}…)"
+        ));
+    }
+    Ok(text.to_owned())
+}
+
+/// Shortest time between autosaves that an administrator can set.
+pub const LEAST_AUTOSAVE: Duration = Duration::from_secs(1);
+/// Longest time between autosaves.
+pub const MOST_AUTOSAVE: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Autosaves, as the administrator sets them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -238,6 +261,49 @@ impl Options {
             recheck_every: Duration::from_secs(60),
             grace: Duration::from_secs(20),
             name: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reserved_tags_are_tags_that_saves_could_have() {
+        let longest = "a".repeat(128);
+        for good in [
+            "latest",
+            "release-*",
+            "v1.*",
+            "_x",
+            "au",
+            "automatic",
+            &longest,
+        ] {
+            assert_eq!(check_reserved_tag(good), Ok(good.to_owned()));
+        }
+        let too_long = "a".repeat(129);
+        for bad in [
+            "",
+            "*",
+            "a*b",
+            "**",
+            "a b",
+            "-x",
+            ".x*",
+            "a/b",
+            "a:b",
+            "\u{e4}",
+            "auto-",
+            "auto-*",
+            "auto*",
+            "a*",
+            "auto-2026*",
+            "auto-x",
+            &too_long,
+        ] {
+            assert!(check_reserved_tag(bad).is_err(), "{bad}");
         }
     }
 }

@@ -139,7 +139,7 @@ pub(super) const CODES: [Explained; 21] = [
     ),
     code(
         "invalid",
-        &[400, 405, 413, 415, 422],
+        &[400, 405, 413, 414, 415, 422, 431],
         "The request is not valid",
         "The member field names what is wrong, as a path into the body, or a parameter. A body is JSON with Content-Type: \
          application/json.",

@@ -165,6 +165,8 @@ impl utoipa::IntoResponses for Refusal {
                 "Something is in the way: `conflict` (with the save), `tag_exists` (with the image), `image_pinned`, `too_late`, `tag_immutable`, `image_in_use`",
             ),
             ("413", "The body is too large: `invalid`"),
+            ("414", "The address is too long: `invalid`"),
+            ("431", "The head is too long: `invalid`"),
             ("415", "The body is no JSON: `invalid`"),
             ("422", "A field is wrong: `invalid`, with its name"),
             ("429", "Too much at once: `too_many`"),

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::body::{Body, HttpBody as _};
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State as Extracted};
+use axum::http::request::Parts;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
@@ -30,6 +31,9 @@ use super::{
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Content security policy of responses other than the page: they may do nothing, even if a browser displays one.
 const POLICY: &str = "default-src 'none'; frame-ancestors 'none'";
+/// Maximum length in bytes of a request's address, and of its header fields together.
+const MAX_URI: usize = 16 << 10;
+const MAX_HEAD: usize = 32 << 10;
 const NOTHING: &str = "there is nothing under this address";
 
 #[derive(OpenApi)]
@@ -253,6 +257,32 @@ fn as_problem(response: Response) -> Response {
     response
 }
 
+/// Returns the response to a request whose address or head is too long. One with a head of more than 64 KiB or 100 fields
+/// is refused before it gets here, by its status alone.
+fn too_long(parts: &Parts) -> Option<Refusal> {
+    let uri = parts.uri.path_and_query();
+    let uri = uri.map_or(0, |both| both.as_str().len());
+    let fields = parts.headers.iter();
+    let head: usize = fields
+        .map(|(name, value)| name.as_str().len() + value.len())
+        .sum();
+    let refuse = |status, what: &str, most: usize| {
+        Some(Refusal::new(
+            status,
+            "invalid",
+            format!("{what} has more than {most} bytes"),
+        ))
+    };
+    if uri > MAX_URI {
+        refuse(StatusCode::URI_TOO_LONG, "the address", MAX_URI)
+    } else if head > MAX_HEAD {
+        let status = StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE;
+        refuse(status, "the head of the request", MAX_HEAD)
+    } else {
+        None
+    }
+}
+
 async fn middleware(Extracted(app): Extracted<App>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     let id = request_id(&request);
@@ -275,9 +305,11 @@ async fn middleware(Extracted(app): Extracted<App>, request: Request, next: Next
     let guard = RequestGuard::default();
     parts.extensions.insert(guard.clone());
     let (body, late) = with_timeout(body, app.options.connections.body);
+    let too_long = too_long(&parts);
     let request = Request::from_parts(parts, body);
     let mut response = async {
-        let mut response = match cors.preflight() {
+        let refused = too_long.map(Refusal::into_response);
+        let mut response = match refused.or_else(|| cors.preflight()) {
             Some(response) => response,
             None => unless_down(&app, &path, next.run(request)).await,
         };

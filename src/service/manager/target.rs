@@ -365,6 +365,8 @@ pub fn user_of(component_text: &str) -> Option<String> {
 
 /// Beginning of the tags of autosaves.
 pub(crate) const AUTOSAVE_TAG: &str = "auto-";
+/// Beginning of the tags of saves that are made because a session ended.
+pub(crate) const ENDED_TAG: &str = "ended-";
 
 /// Returns whether `tag` is one of `reserved`, one that registries use themselves (referrers tags of distribution-spec 1.1),
 /// or one for autosaves and not for an autosave.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use axum::extract::State as Extracted;
+use axum::http::StatusCode;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
@@ -44,6 +45,8 @@ pub(super) struct TimelineQuery {
 
 /// Returns the succeeded saves of a session, and of earlier sessions of the same user with the same name, the latest first,
 /// each with what it changed.
+///
+/// Of a session that has been removed, its own saves are listed, as long as there are any; it is named by its complete ID.
 #[utoipa::path(
     get, path = "/api/v1/sessions/{id}/timeline", tag = "sessions",
     params(("id" = String, Path, description = "The session's ID"), TimelineQuery),
@@ -60,11 +63,18 @@ pub(super) async fn timeline(
         caller.require_user()?;
     }
     let all = app.inventory.sessions(&app.queue).await?;
-    let session = inventory::find(&app, &all, &caller, &Which::Id(id)).await?;
+    let of_session = match inventory::find(&app, &all, &caller, &Which::Id(id.clone())).await {
+        Ok(session) => filter(&app, &caller, session, &all)?,
+        Err(refusal) if refusal.status() == StatusCode::NOT_FOUND => {
+            let removed = filter_of_removed(&app, &caller, &id).await?;
+            removed.ok_or(refusal)?
+        }
+        Err(refusal) => return Err(refusal),
+    };
     let filter = TimelineFilter {
         after: after(asked.cursor.as_deref())?,
         not_removed_by: (asked.removed != Some(true)).then(|| AUTOSAVE.to_owned()),
-        ..filter(&app, &caller, session, &all)?
+        ..of_session
     };
     // The one after the page is what its last entry is compared with.
     let saves = app.record.timeline(&filter, limit + 1).await?;
@@ -118,6 +128,37 @@ fn filter(
         caller: (!sees_all).then(|| caller.name.clone()),
         ..TimelineFilter::default()
     })
+}
+
+/// Returns which saves belong to the timeline of a session that is not known any more: its own, of those that `caller` may
+/// see; `None` if there are none.
+async fn filter_of_removed(
+    app: &App,
+    caller: &Caller,
+    id: &str,
+) -> Result<Option<TimelineFilter>, Refusal> {
+    let of_session = TimelineFilter {
+        session: id.to_owned(),
+        ..TimelineFilter::default()
+    };
+    if caller.administrator {
+        let some = app.record.timeline(&of_session, 1).await?;
+        return Ok((!some.is_empty()).then_some(of_session));
+    }
+    let own = caller.user.clone().map(|user| TimelineFilter {
+        user: Some(user),
+        ..of_session.clone()
+    });
+    let asked_for = caller.subject.as_ref().map(|_| TimelineFilter {
+        caller: Some(caller.name.clone()),
+        ..of_session
+    });
+    for filter in own.into_iter().chain(asked_for) {
+        if !app.record.timeline(&filter, 1).await?.is_empty() {
+            return Ok(Some(filter));
+        }
+    }
+    Ok(None)
 }
 
 fn entry(

@@ -1,7 +1,7 @@
 // A session as a row: what it is, how it was saved last, a button that saves it. It opens to what would be saved.
 
 import { Refused, get, insist, path, pressed } from "./api.js";
-import { autosave } from "./autosave.js";
+import { atEnd, autosave } from "./autosave.js";
 import { amount, badges, outside, short } from "./contents.js";
 import { announce, ask, element, facts, fill, look, named, reference } from "./element.js";
 import { bytes, duration, since, when } from "./format.js";
@@ -133,8 +133,12 @@ export function row(first, me, signal) {
   const panel = element("div", { id: `${id}-in`, class: "inside", hidden: true });
   const past = timeline(first, me);
   const own = autosave(first);
+  const end = atEnd(first, me);
   const toggle = (open = panel.hidden) => {
-    if (open && panel.hidden) past.load();
+    if (open && panel.hidden) {
+      past.load();
+      end.load();
+    }
     panel.hidden = !open;
     opener.setAttribute("aria-expanded", String(open));
     came();
@@ -146,7 +150,7 @@ export function row(first, me, signal) {
   const progress = element("div");
   const last = element("div", { class: "last" });
   const meta = element("p", { class: "dim" });
-  panel.append(meta, told, ofSession(first), form.element, own.element, past.element);
+  panel.append(meta, told, ofSession(first), form.element, own.element, end.element, past.element);
   const line = element("div", { class: "line" },
     element("div", { class: "what" }, element("h2", { id: `${id}-name` }, opener, element("span", { class: "badges" }, badges(first))), about),
     element("div", { class: "sides" }, size, state), element("div", { class: "press" }, again, button));
@@ -257,6 +261,7 @@ export function row(first, me, signal) {
       [t("fact.problem"), now.problem && element("span", { lang: "en" }, named(now.problem))]));
     form.update(now);
     own.update(now);
+    end.update(now);
     const newest = now.save ? latest(now.save) : saves.find((one) => one.session === now.id && counts(one));
     const mine = save && latest(save.id);
     // What this page was told meanwhile may be newer than the list.

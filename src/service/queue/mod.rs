@@ -246,12 +246,13 @@ fn truncated_session(session: &Session) -> Cow<'_, Session> {
         packages: session.packages.clone().map(|list| list.limited(0, 0)),
         look: session.look,
         autosave: session.autosave,
+        at_end: session.at_end,
         auxiliary: session.auxiliary,
     })
 }
 
 /// Returns the host and port of the registry in `destination`; `oci` for destinations in the file system.
-fn registry_of(destination: &str) -> &str {
+pub(crate) fn registry_of(destination: &str) -> &str {
     let rest = destination.strip_prefix("docker://").unwrap_or(destination);
     if rest.starts_with("oci:") || rest.starts_with("oci-archive:") {
         return "oci";

@@ -207,6 +207,21 @@ impl Record {
         Ok(found)
     }
 
+    /// Returns when saves were accepted that succeeded, of all users, in ascending order: milliseconds since the epoch, UTC.
+    /// Of those within a period of 4.7 hours (2^24 ms) only the last one.
+    pub async fn save_times(&self) -> Result<Vec<i64>, Error> {
+        // An ID begins with 48 bits of its time. By the index alone.
+        let rows = sqlx::query(
+            "SELECT substr(id, 1, 6) AS period, max(id) AS last FROM saves WHERE state = 'succeeded'
+             GROUP BY substr(id, 1, 6) ORDER BY 1",
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        rows.iter()
+            .map(|row| Ok(id_of(&row.try_get::<String, _>("last")?)?.created_ms()))
+            .collect()
+    }
+
     /// Returns the users who have autosaves whose images still have their tags.
     pub async fn users_with_autosaves(&self) -> Result<Vec<String>, Error> {
         let text = format!(

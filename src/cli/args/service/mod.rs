@@ -25,7 +25,7 @@ pub(in crate::cli) use kubectl::{Cluster, Kubectl, KubectlSave, KubectlVerb};
 pub(in crate::cli) use mail::Mail;
 
 use super::shared::{Format, LIMITS, REGISTRY};
-use super::value::{duration, floor, size};
+use super::value::{autosave, autosave_min, duration, floor, size};
 use crate::node::background::DEFAULT_FLOOR_PERCENT;
 use crate::node::container::Pattern;
 
@@ -145,22 +145,22 @@ pub(in crate::cli) struct Serve {
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = SERVE)]
     pub(in crate::cli) record_password_file: Option<PathBuf>,
     /// Tag that saves must not use, with '*' at its end as a wildcard; may be repeated
-    #[arg(long, value_name = "TAG", help_heading = SERVE)]
+    #[arg(long, value_name = "TAG", value_parser = crate::service::manager::check_reserved_tag, help_heading = SERVE)]
     pub(in crate::cli) reserved_tag: Vec<String>,
     /// Time for which finished saves stay in the history, e.g. 90d; 0 for ever
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "365d", help_heading = SERVE)]
     pub(in crate::cli) retention: Duration,
 
-    /// Time from the end of a save to the next one, e.g. 30m: running sessions are then saved if something changed. A user, or
+    /// Time from the end of a save to the next one, 1s to 7d: running sessions are then saved if something changed. A user, or
     /// the annotation or label upperdeck.io/autosave of a pod, can say otherwise; 0: only those who say so are saved
-    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "0", help_heading = AUTOSAVES)]
+    #[arg(long, value_name = "DURATION", value_parser = autosave, default_value = "0", help_heading = AUTOSAVES)]
     pub(in crate::cli) autosave: Duration,
     /// Number of the latest autosaves of a session that are kept; of earlier ones, one per hour for a day and one per day
     /// for 30 days
     #[arg(long, value_name = "N", default_value_t = 12, value_parser = clap::value_parser!(u32).range(1..=100), help_heading = AUTOSAVES)]
     pub(in crate::cli) autosave_keep: u32,
-    /// Minimum of that time, to which shorter ones are raised
-    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "5m", help_heading = AUTOSAVES)]
+    /// Minimum of that time, 1s to 7d, to which shorter ones of users and pods are raised
+    #[arg(long, value_name = "DURATION", value_parser = autosave_min, default_value = "5m", help_heading = AUTOSAVES)]
     pub(in crate::cli) autosave_min: Duration,
 
     /// Origin whose pages may call the API with a token (CORS), e.g. https://portal.example.org; may be repeated

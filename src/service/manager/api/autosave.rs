@@ -49,11 +49,11 @@ pub struct AutosaveSettings {
     pub min_minutes: u32,
 }
 
-/// Who decided about the autosaves of a session.
+/// Who decided about the autosaves of a session, or about its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum AutosaveFrom {
-    /// Its user, for this session.
+    /// Its user, for this session; never about its end.
     Session,
     /// Its pod.
     Pod,
@@ -78,9 +78,21 @@ pub struct SessionAutosave {
     pub waits_for: Option<String>,
 }
 
+/// Whether a session is saved when it ends, without being asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SessionAtEnd {
+    /// After which ends.
+    pub when: SaveEnded,
+    /// Who decided so.
+    pub from: AutosaveFrom,
+}
+
 /// Response of `PUT` and `DELETE /api/v1/sessions/{id}/autosave`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct AutosaveInForce {
     /// As in the session; absent if there are none.
     pub autosave: Option<SessionAutosave>,
+    /// As `autosave_from` in the session: who decided, also if there are none.
+    #[serde(default)]
+    pub from: Option<AutosaveFrom>,
 }

@@ -86,6 +86,13 @@ pub struct SessionView {
     /// Its autosaves; absent if there are none.
     #[serde(default)]
     pub autosave: Option<SessionAutosave>,
+    /// Who decided about its autosaves, also if there are none; absent if there cannot be any: it has no owner, has ended,
+    /// or is not the container that its pod's name means.
+    #[serde(default)]
+    pub autosave_from: Option<AutosaveFrom>,
+    /// Whether it is saved when it ends; absent in the same cases, and if its agent is of an earlier version.
+    #[serde(default)]
+    pub save_on_end: Option<SessionAtEnd>,
 }
 
 /// How a session ended.

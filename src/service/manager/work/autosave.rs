@@ -4,13 +4,17 @@
 //! Such a save is accepted like one that the session's owner asks for, except that limits on the number of saves do not
 //! apply to it, and it never replaces an image. Several managers do this at the same time: the key of the request is made
 //! of the session and the end of its last save, and the record knows the key.
+//!
+//! Times are by the managers' clocks: those of nodes may be wrong, and change when an agent is started again.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use axum::http::HeaderMap;
 
 use super::TaskError;
+use super::retry::Retry;
+use super::turns::in_turns;
 use crate::service::job::{SaveOptions, Session, State, now_ms};
 use crate::service::manager::App;
 use crate::service::manager::accept::{Asked, accept_of};
@@ -28,21 +32,34 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 const CHECK_EVERY: Duration = Duration::from_secs(60);
 /// Time by which the clocks of managers may differ, in milliseconds.
 const LEEWAY_MS: i64 = 60_000;
-/// Delay before a refused save is asked for again, which doubles with each time, and its maximum.
-const RETRY: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(300));
+/// Time by which a look may have begun earlier than it seems by the manager's clock, in milliseconds.
+const SLACK_MS: i64 = 1000;
+/// Time in which saves are asked for in a round; those that are not asked for by then are due in the next round.
+const ROUND: Duration = Duration::from_secs(20);
 
 /// What is known of a session with autosaves.
 #[derive(Default)]
 struct Watched {
     /// End of the last save, as the record had it when it was read last, or the start of the session.
     base_ms: i64,
-    /// When it is tried again, if it was refused, and how long after the last time that is.
-    again: Option<(Instant, Duration)>,
+    /// When this manager heard of it first.
+    first_ms: i64,
+    /// When it is tried again, if it was refused.
+    again: Option<Retry>,
     /// When it was last checked whether the image of the last save still has its tag.
     checked: Option<Instant>,
 }
 
 impl Watched {
+    /// Returns a session that is heard of for the first time.
+    fn new(session: &Session, now_ms: i64) -> Self {
+        Self {
+            base_ms: start(session, now_ms),
+            first_ms: now_ms,
+            ..Self::default()
+        }
+    }
+
     fn is_to_be_checked(&mut self) -> bool {
         let due = self
             .checked
@@ -54,8 +71,17 @@ impl Watched {
     }
 
     fn is_refused(&self) -> bool {
-        self.again.is_some_and(|(at, _)| at > Instant::now())
+        self.again.is_some_and(|retry| !retry.is_due())
     }
+}
+
+/// A save that is to be asked for.
+struct Due<'a> {
+    session: &'a Session,
+    policy: Policy,
+    /// When it was due, in milliseconds.
+    at_ms: i64,
+    last: Option<LastSave>,
 }
 
 /// Runs until the manager ends.
@@ -92,69 +118,114 @@ async fn round(app: &App, watched: &mut HashMap<String, Watched>) -> Result<(), 
         .filter(|(session, policy)| {
             let known = watched
                 .entry(session.id.clone())
-                .or_insert_with(|| Watched {
-                    base_ms: session.started_ms,
-                    ..Watched::default()
-                });
-            is_due(known.base_ms, policy, now)
+                .or_insert_with(|| Watched::new(session, now));
+            due_ms(known.base_ms, policy) <= now
                 && !known.is_refused()
                 && (is_changed(session) || known.is_to_be_checked())
         })
         .collect();
-    if due.is_empty() {
-        return Ok(());
+    let mut waiting = to_be_asked_for(app, watched, due, now).await?;
+    // Those that have waited longest come first.
+    waiting.sort_by_key(|due| due.at_ms);
+    let registry = app.options.target.host().unwrap_or_default().to_owned();
+    let until = Instant::now() + ROUND;
+    let goes_on = || Instant::now() < until && !app.cancel.is_cancelled();
+    let waiting = BTreeMap::from([(registry, waiting.into())]);
+    let ask = |due| save(app, due);
+    let (asked, left) = in_turns(waiting, goes_on, ask).await;
+    for (session, refused) in asked {
+        if let Some(known) = watched.get_mut(session) {
+            known.again = refused.then(|| Retry::after(known.again));
+        }
     }
-    let ids: Vec<&str> = due.iter().map(|(session, _)| session.id.as_str()).collect();
-    let last = app.record.last_saves(&ids, now + LEEWAY_MS).await?;
-    let open = app.record.open_saves().await?;
-    let open: HashSet<&str> = open.iter().map(|save| save.session.as_str()).collect();
-    for (session, policy) in due {
-        if open.contains(session.id.as_str()) {
-            continue;
-        }
-        let known = watched.entry(session.id.clone()).or_default();
-        let last = last.get(&session.id);
-        known.base_ms = last.map_or(session.started_ms, |last| last.at_ms);
-        if is_due(known.base_ms, &policy, now) {
-            if session.next.is_none() && session.look.is_some() {
-                let why = "its node cannot find out whether something changed";
-                app.autosaves.set_wait(&session.id, Some(why.to_owned()));
-            } else if is_wanted(session, last) {
-                save(app, session, &policy, known).await;
-            }
-        } else {
-            app.autosaves
-                .set_wait(&session.id, failure(app, last).await?);
-        }
+    for due in left {
+        let why = "saves of other sessions are asked for first, and the registry is slow";
+        app.autosaves
+            .set_wait(&due.session.id, Some(why.to_owned()));
     }
     Ok(())
+}
+
+/// Returns the saves that are to be asked for, of sessions that are due as far as is known.
+async fn to_be_asked_for<'a>(
+    app: &App,
+    watched: &mut HashMap<String, Watched>,
+    due: Vec<(&'a Session, Policy)>,
+    now: i64,
+) -> Result<Vec<Due<'a>>, TaskError> {
+    if due.is_empty() {
+        return Ok(Vec::new());
+    }
+    let ids: Vec<&str> = due.iter().map(|(session, _)| session.id.as_str()).collect();
+    let mut last = app.record.last_saves(&ids, now + LEEWAY_MS).await?;
+    let open = app.record.open_saves().await?;
+    let open: HashSet<&str> = open.iter().map(|save| save.session.as_str()).collect();
+    let ahead = app.inventory.clocks(&app.queue).await?;
+    let mut found = Vec::new();
+    for (session, policy) in due {
+        let id = &session.id;
+        if open.contains(id.as_str()) {
+            continue;
+        }
+        let known = watched.entry(id.clone()).or_default();
+        let last = last.remove(id);
+        let first = start(session, known.first_ms);
+        known.base_ms = last.as_ref().map_or(first, |last| last.at_ms);
+        let at_ms = due_ms(known.base_ms, &policy);
+        if at_ms > now {
+            let why = failure(app, last.as_ref()).await?;
+            app.autosaves.set_wait(id, why);
+        } else if session.next.is_none() && session.look.is_some() {
+            let why = "its node cannot find out whether something changed";
+            app.autosaves.set_wait(id, Some(why.to_owned()));
+        } else if is_wanted(session, last.as_ref(), ahead.get(&session.node).copied()) {
+            found.push(Due {
+                session,
+                policy,
+                at_ms,
+                last,
+            });
+        }
+    }
+    Ok(found)
+}
+
+/// Returns when a session was started: milliseconds since the epoch. By the clock of its node, which may be ahead: not after
+/// it was heard of first.
+fn start(session: &Session, first_ms: i64) -> i64 {
+    session.started_ms.min(first_ms)
+}
+
+/// Returns when a save is due after one that ended at `base_ms`.
+fn due_ms(base_ms: i64, policy: &Policy) -> i64 {
+    let every = i64::try_from(policy.every.as_millis()).unwrap_or(i64::MAX);
+    base_ms.saturating_add(every)
 }
 
 /// Returns whether a session differs from its last save, according to its node's look.
 fn is_changed(session: &Session) -> bool {
     let next = session.next.as_ref();
-    next.is_some_and(|next| next.entries.is_some_and(|entries| entries > 0))
-}
-
-fn is_due(base_ms: i64, policy: &Policy, now_ms: i64) -> bool {
-    let every = i64::try_from(policy.every.as_millis()).unwrap_or(i64::MAX);
-    now_ms >= base_ms.saturating_add(every)
+    next.is_some_and(|next| !next.times_only && next.entries.is_some_and(|entries| entries > 0))
 }
 
 /// Returns whether the present state of a session is in no image: it changed since its last save, or that has lost its tag.
-fn is_wanted(session: &Session, last: Option<&LastSave>) -> bool {
+/// `behind_ms` is by how much its node's clock is behind, if that is known.
+fn is_wanted(session: &Session, last: Option<&LastSave>, behind_ms: Option<i64>) -> bool {
     let lost = last.is_some_and(|last| last.state == State::Succeeded && last.lost);
-    lost || (is_changed(session) && is_fresh(session, last))
+    lost || (is_changed(session) && is_fresh(session, last, behind_ms))
 }
 
 /// Returns whether the node looked at the session after the end of its last save. One that failed changed nothing.
-fn is_fresh(session: &Session, last: Option<&LastSave>) -> bool {
+fn is_fresh(session: &Session, last: Option<&LastSave>, behind_ms: Option<i64>) -> bool {
     let Some(look) = &session.look else {
         return false;
     };
     last.is_none_or(|last| {
-        // By the identity of the save, as the node's clock may be wrong; an agent that was started again does not know it.
-        last.state != State::Succeeded || look.after == Some(last.id) || look.at_ms > last.at_ms
+        // By the identity of the save; an agent that was started again does not know it.
+        let later = |behind: i64| look.at_ms.saturating_add(behind) > last.at_ms + SLACK_MS;
+        last.state != State::Succeeded
+            || look.after == Some(last.id)
+            || behind_ms.is_some_and(later)
     })
 }
 
@@ -168,41 +239,44 @@ async fn failure(app: &App, last: Option<&LastSave>) -> Result<Option<String>, T
     Ok(error.map(|error| format!("the last one failed: {}", error.message)))
 }
 
-/// Asks for the save of a session that is due.
-async fn save(app: &App, session: &Session, policy: &Policy, known: &mut Watched) {
-    let refused = match submit(app, session, policy, known.base_ms).await {
+/// Asks for a save. Returns the session, and whether the save was refused.
+async fn save<'a>(app: &App, due: Due<'a>) -> (&'a str, bool) {
+    let session = due.session;
+    let refused = match Box::pin(submit(app, &due)).await {
         Ok(()) => None,
         // Another save of the session has just been accepted.
-        Err(refusal) if refusal.problem().code == "conflict" => return,
+        Err(refusal) if refusal.problem().code == "conflict" => return (&session.id, false),
         Err(refusal) => Some(refusal),
     };
     let why = refused.as_ref().map(|refusal| refusal.message().to_owned());
+    if let Some(why) = &why {
+        tracing::warn!(
+            session.id = session.id,
+            node = session.node,
+            owner = session.owner,
+            why,
+            "an autosave is not accepted yet"
+        );
+    }
+    let is_refused = why.is_some();
     app.autosaves.set_wait(&session.id, why);
-    let Some(refusal) = refused else {
-        known.again = None;
-        return;
-    };
-    tracing::warn!(
-        session.id = session.id,
-        node = session.node,
-        owner = session.owner,
-        why = refusal.message(),
-        "an autosave is not accepted yet"
-    );
-    let pause = known.again.map_or(Duration::ZERO, |(_, pause)| pause * 2);
-    let pause = pause.clamp(RETRY.0, RETRY.1);
-    known.again = Some((Instant::now() + pause, pause));
+    (&session.id, is_refused)
 }
 
-async fn submit(
-    app: &App,
-    session: &Session,
-    policy: &Policy,
-    base_ms: i64,
-) -> Result<(), Refusal> {
+async fn submit(app: &App, due: &Due<'_>) -> Result<(), Refusal> {
+    let session = due.session;
+    let id = session.id.as_str();
+    let before = |last: Option<&LastSave>| last.map(|last| last.id);
+    // It may have waited for its turn.
+    let now = app.record.last_saves(&[id], now_ms() + LEEWAY_MS).await?;
+    if before(now.get(id)) != before(due.last.as_ref()) {
+        return Ok(());
+    }
+    let last = due.last.as_ref();
+    let base_ms = last.map_or(session.started_ms, |last| last.at_ms);
     let request = Request {
         caller: AUTOSAVE.to_owned(),
-        key: format!("{}:{base_ms}", session.id),
+        key: format!("{id}:{base_ms}"),
         hash: String::new(),
     };
     if app.record.repeated(&request).await?.is_some() {
@@ -213,7 +287,7 @@ async fn submit(
         let asked = Asked {
             request: Some(request.clone()),
             body: body(session, format!("{AUTOSAVE_TAG}{tag}")),
-            keep: Some(policy.keep),
+            keep: Some(due.policy.keep),
         };
         accept_of(app, &caller, session, &HeaderMap::new(), asked).await
     };
@@ -254,6 +328,7 @@ mod tests {
                 delta: true,
                 bytes: Some(0),
                 entries,
+                times_only: false,
                 last_seconds: None,
             }),
             look: Some(Look { at_ms, after }),
@@ -267,7 +342,12 @@ mod tests {
         assert!(!is_changed(&looked(1, None, None)));
         assert!(!is_changed(&looked(1, None, Some(0))));
         // What was only removed has no bytes.
-        assert!(is_changed(&looked(1, None, Some(1))));
+        let mut session = looked(1, None, Some(1));
+        assert!(is_changed(&session));
+        if let Some(next) = &mut session.next {
+            next.times_only = true;
+        }
+        assert!(!is_changed(&session));
     }
 
     #[test]
@@ -279,22 +359,44 @@ mod tests {
             lost: false,
         };
         let done = last(State::Succeeded);
-        assert!(!is_fresh(&Session::default(), None));
-        assert!(is_fresh(&looked(1, None, Some(1)), None));
-        assert!(!is_fresh(&looked(99, None, Some(1)), Some(&done)));
-        assert!(is_fresh(&looked(101, None, Some(1)), Some(&done)));
+        let right = Some(0);
+        assert!(!is_fresh(&Session::default(), None, right));
+        assert!(is_fresh(&looked(1, None, Some(1)), None, None));
+        assert!(!is_fresh(&looked(99, None, Some(1)), Some(&done), right));
+        let later = looked(101 + SLACK_MS, None, Some(1));
+        assert!(is_fresh(&later, Some(&done), right));
         let other = Some(JobId::new());
-        assert!(!is_fresh(&looked(99, other, Some(1)), Some(&done)));
-        // The node's clock is slow.
-        assert!(is_fresh(&looked(1, Some(done.id), Some(1)), Some(&done)));
+        assert!(!is_fresh(&looked(99, other, Some(1)), Some(&done), right));
+        // The agent knows the save, whatever its clock says.
+        let after = looked(1, Some(done.id), Some(1));
+        assert!(is_fresh(&after, Some(&done), None));
+        // It was started again, and its clock is slow, or fast.
+        assert!(
+            !is_fresh(&later, Some(&done), None),
+            "its clock is not known"
+        );
+        assert!(!is_fresh(&later, Some(&done), Some(-3600)));
+        let slow = looked(101 + SLACK_MS - 3600, None, Some(1));
+        assert!(!is_fresh(&slow, Some(&done), right));
+        assert!(is_fresh(&slow, Some(&done), Some(3600)));
         let lost = LastSave {
             lost: true,
             ..done.clone()
         };
         let unchanged = looked(99, None, Some(0));
-        assert!(is_wanted(&unchanged, Some(&lost)));
-        assert!(!is_wanted(&unchanged, Some(&done)) && !is_wanted(&unchanged, None));
+        assert!(is_wanted(&unchanged, Some(&lost), None));
+        assert!(!is_wanted(&unchanged, Some(&done), right) && !is_wanted(&unchanged, None, right));
         let failed = last(State::Failed);
-        assert!(is_fresh(&looked(99, None, Some(1)), Some(&failed)));
+        assert!(is_fresh(&looked(99, None, Some(1)), Some(&failed), right));
+    }
+
+    #[test]
+    fn a_node_whose_clock_is_ahead_does_not_delay_the_first_save() {
+        let started = |started_ms| Session {
+            started_ms,
+            ..Session::default()
+        };
+        assert_eq!(Watched::new(&started(5000), 1000).base_ms, 1000);
+        assert_eq!(Watched::new(&started(500), 1000).base_ms, 500);
     }
 }

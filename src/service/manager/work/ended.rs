@@ -4,12 +4,14 @@
 //! replaces an image. It is accepted once for each run of a container: the key of the request is made of the container and
 //! the start of its run, and the record knows the key, whichever agent or manager was started again meanwhile.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use axum::http::HeaderMap;
 
 use super::TaskError;
+use super::retry::Retry;
+use super::turns::in_turns;
 use crate::service::job::{SaveOptions, Session, now_ms};
 use crate::service::manager::App;
 use crate::service::manager::accept::{Asked, accept_of};
@@ -18,24 +20,25 @@ use crate::service::manager::auth::Caller;
 use crate::service::manager::end_wishes;
 use crate::service::manager::names::suggested_tag;
 use crate::service::manager::refusal::Refusal;
+use crate::service::manager::target::ENDED_TAG;
 use crate::service::record::{ENDED, Request};
 
 /// Interval at which the nodes' heartbeats are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// Delay before a refused save is asked for again, which doubles with each time, and its maximum.
-const RETRY: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(300));
+/// Time in which saves are asked for in a round.
+const ROUND: Duration = Duration::from_secs(20);
 /// Maximum age of an end. The record keeps the keys of requests for a day longer.
 const MAX_AGE: Duration = Duration::from_secs(6 * 24 * 3600);
 
 /// What was done about the sessions that a node wants to be saved.
 struct Handled {
     mark: u64,
-    /// When it is tried again, if some were refused, and how long after the last time that is.
-    again: Option<(Instant, Duration)>,
+    /// When it is tried again, if some were refused.
+    again: Option<Retry>,
 }
 
-/// When the save of a run of a session is tried again, and how long after the last time that is; `None`: it is accepted.
-type Tried = HashMap<(String, i64), Option<(Instant, Duration)>>;
+/// When the save of a run of a session is tried again; `None`: it is accepted.
+type Tried = HashMap<(String, i64), Option<Retry>>;
 
 /// Runs until the manager ends.
 pub(super) async fn save_ended(app: &App) {
@@ -61,44 +64,66 @@ async fn round(app: &App, handled: &mut HashMap<String, Handled>) -> Result<(), 
             handled.remove(&heard.node.name);
             continue;
         };
-        let pause = match handled.get(&heard.node.name) {
+        let refused = match handled.get(&heard.node.name) {
             Some(done) if done.mark == mark => match done.again {
-                Some((at, pause)) if at <= Instant::now() => pause,
+                Some(retry) if retry.is_due() => Some(retry),
                 _ => continue,
             },
-            _ => Duration::ZERO,
+            _ => None,
         };
-        due.insert(heard.node.name.clone(), (mark, pause));
+        due.insert(heard.node.name.clone(), (mark, refused));
     }
     if due.is_empty() {
         return Ok(());
     }
     // After the heartbeats, so that what they speak of is among them.
     let sessions = app.inventory.sessions_now(&app.queue).await?;
-    let wishes = end_wishes::of(app, sessions.iter()).await?;
-    for (node, (mark, pause)) in due {
-        let is_marked = |session: &&Session| {
-            session.node == node && session.ended.as_ref().is_some_and(|end| end.save)
-        };
-        let mut marked = sessions.iter().filter(is_marked).peekable();
+    let wishes = end_wishes::of(
+        app,
+        sessions.iter().filter(|session| session.ended.is_some()),
+    )
+    .await?;
+    let is_marked = |session: &&Session| {
+        due.contains_key(&session.node) && session.ended.as_ref().is_some_and(|end| end.save)
+    };
+    let marked: Vec<&Session> = sessions.iter().filter(is_marked).collect();
+    let there: HashSet<&str> = marked.iter().map(|one| one.node.as_str()).collect();
+    let wanted = marked
+        .iter()
+        .filter(|session| is_recent(app, session) && end_wishes::is_wanted(&wishes, session));
+    let (asked, left) = save_all(app, wanted.copied()).await;
+    let refused: HashSet<&str> = asked
+        .iter()
+        .filter(|(_, accepted)| !accepted)
+        .map(|(session, _)| session.node.as_str())
+        .collect();
+    let left: HashSet<&str> = left.iter().map(|session| session.node.as_str()).collect();
+    for (node, (mark, before)) in due {
         // A queue that lost its data may have the heartbeat before the sessions.
-        let mut refused = marked.peek().is_none();
-        for session in marked {
-            if is_recent(app, session) && end_wishes::is_wanted(&wishes, session) {
-                refused |= !save(app, session).await;
-            }
+        let is_refused = refused.contains(node.as_str()) || !there.contains(node.as_str());
+        let again = is_refused.then(|| Retry::after(before));
+        // In the next round, those that are accepted are known.
+        if !left.contains(node.as_str()) {
+            handled.insert(node, Handled { mark, again });
         }
-        let again = refused.then(|| later(pause));
-        handled.insert(node, Handled { mark, again });
     }
     Ok(())
 }
 
-/// Returns when something is tried again that was refused, and how long that is from now, given how long it was the last
-/// time.
-fn later(pause: Duration) -> (Instant, Duration) {
-    let pause = (pause * 2).clamp(RETRY.0, RETRY.1);
-    (Instant::now() + pause, pause)
+/// Asks for the saves of sessions, several at a time. Returns for each whether it is accepted, now or before, and those that
+/// were not asked for in time.
+async fn save_all<'a>(
+    app: &App,
+    sessions: impl Iterator<Item = &'a Session>,
+) -> (Vec<(&'a Session, bool)>, Vec<&'a Session>) {
+    let registry = app.options.target.host().unwrap_or_default().to_owned();
+    let waiting = BTreeMap::from([(registry, sessions.collect())]);
+    let until = Instant::now() + ROUND;
+    let goes_on = || Instant::now() < until && !app.cancel.is_cancelled();
+    in_turns(waiting, goes_on, async |session| {
+        (session, save(app, session).await)
+    })
+    .await
 }
 
 /// Saves the sessions whose users want it, though their nodes do not say so.
@@ -113,17 +138,20 @@ async fn of_users(app: &App, tried: &mut Tried) -> Result<(), TaskError> {
     let there: HashSet<(String, i64)> = ended.iter().map(|session| key(session)).collect();
     tried.retain(|run, _| there.contains(run));
     let wishes = end_wishes::of(app, ended.iter().copied()).await?;
-    for session in ended {
-        let pause = match tried.get(&key(session)) {
-            Some(None) => continue,
-            Some(Some((at, _))) if *at > Instant::now() => continue,
-            Some(Some((_, pause))) => *pause,
-            None => Duration::ZERO,
-        };
-        if end_wishes::is_wanted(&wishes, session) {
-            let accepted = save(app, session).await;
-            tried.insert(key(session), (!accepted).then(|| later(pause)));
-        }
+    let is_due = |session: &&Session| match tried.get(&key(session)) {
+        Some(None) => false,
+        Some(Some(retry)) => retry.is_due(),
+        None => true,
+    };
+    let wanted = ended
+        .into_iter()
+        .filter(|session| is_due(session) && end_wishes::is_wanted(&wishes, session));
+    let wanted: Vec<&Session> = wanted.collect();
+    let (asked, _) = save_all(app, wanted.into_iter()).await;
+    for (session, accepted) in asked {
+        let before = tried.get(&key(session)).copied().flatten();
+        let again = (!accepted).then(|| Retry::after(before));
+        tried.insert(key(session), again);
     }
     Ok(())
 }
@@ -186,7 +214,7 @@ async fn submit(app: &App, session: &Session) -> Result<(), Refusal> {
 /// Returns the tag of a save that is made because the session ended.
 fn tag(session: &Session) -> String {
     let at_ms = session.ended.as_ref().and_then(|end| end.at_ms);
-    format!("ended-{}", suggested_tag(session, at_ms.unwrap_or(0)))
+    format!("{ENDED_TAG}{}", suggested_tag(session, at_ms.unwrap_or(0)))
 }
 
 fn body(session: &Session, tag: String) -> SaveRequest {

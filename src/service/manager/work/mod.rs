@@ -1,6 +1,6 @@
 //! The background work of a manager: applies reports of agents (`reports`), answers their questions (`questions`), executes
 //! requests to the queue (`outbox`), asks for saves of sessions that have ended (`ended`) and for autosaves (`autosave`),
-//! deletes images of autosaves that are not needed any more (`thin`, as `thinning` decides), compares the record with the
+//! deletes images of autosaves that are not needed any more (`thin`, as `thinning` and `times` decide), compares the record with the
 //! queue (`reconcile`), and deletes old data. Several managers do this at the same time, because every change is written
 //! only over the version that it is based on.
 
@@ -11,8 +11,11 @@ mod outbox;
 mod questions;
 mod reconcile;
 mod reports;
+mod retry;
 mod thin;
 mod thinning;
+mod times;
+mod turns;
 
 use std::future::Future;
 use std::time::Duration;

@@ -1,11 +1,13 @@
 //! Deletes the images of autosaves that are not needed any more: of a user after each autosave, and hourly of all.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::thinning::superfluous;
+use super::times::Times;
+use super::turns::in_turns;
 use crate::service::job::{JobId, Session, now_ms};
 use crate::service::manager::App;
 use crate::service::manager::autosave::{policy, settings_of};
@@ -13,12 +15,15 @@ use crate::service::manager::deletion::{Tag, delete_tag};
 use crate::service::manager::kept;
 use crate::service::manager::refusal::Refusal;
 use crate::service::manager::replace::seen;
-use crate::service::record::{AUTOSAVE, ImageKey};
+use crate::service::queue::registry_of;
+use crate::service::record::{AUTOSAVE, ImageKey, StoredAutosave};
 
 /// Interval at which the autosaves of all users are thinned.
 const ALL_EVERY: Duration = Duration::from_secs(3600);
 /// Time from the start to the first time, in which the nodes are heard of.
 const FIRST_ALL: Duration = Duration::from_secs(60);
+/// Time in which deletions are begun in a round.
+const ROUND: Duration = Duration::from_secs(60);
 
 /// Runs until the manager ends.
 pub(super) async fn thin_images(app: &App) {
@@ -47,22 +52,52 @@ pub(super) async fn thin_images(app: &App) {
     }
 }
 
+/// Images of one user in one registry, which are deleted one after the other.
+struct Batch {
+    user: String,
+    saves: Vec<JobId>,
+}
+
 async fn thin(app: &App, users: BTreeSet<String>) -> Result<(), Refusal> {
     // A node that is not heard of at the moment has its sessions still.
     let mut sessions = kept::kept(app).await?;
     sessions.extend(app.inventory.sessions(&app.queue).await?.iter().cloned());
     sessions.retain(|session| session.ended.is_none());
-    for user in users {
-        if app.cancel.is_cancelled() {
+    let now = now_ms();
+    let times = match Times::new(&app.record.save_times().await?, now) {
+        Ok(times) => times,
+        Err(why) => {
+            tracing::warn!(%why, "no images of autosaves are deleted");
+            app.metrics.error("clock");
             return Ok(());
         }
-        thin_user(app, &user, &sessions).await?;
+    };
+    let mut waiting = BTreeMap::<String, VecDeque<Batch>>::new();
+    for user in users {
+        for (registry, saves) in superfluous_of(app, &user, &sessions, &times, now).await? {
+            let user = user.clone();
+            let batch = Batch { user, saves };
+            waiting.entry(registry).or_default().push_back(batch);
+        }
+    }
+    let until = Instant::now() + ROUND;
+    let goes_on = || Instant::now() < until && !app.cancel.is_cancelled();
+    let (_, left) = in_turns(waiting, goes_on, |batch| delete_all(app, batch)).await;
+    // In the next round, which begins at once.
+    for batch in left {
+        app.autosaves.made(&batch.user);
     }
     Ok(())
 }
 
-/// Deletes what is superfluous of a user's autosaves. What cannot be deleted is tried again in an hour.
-async fn thin_user(app: &App, user: &str, sessions: &[Session]) -> Result<(), Refusal> {
+/// Returns what is superfluous of a user's autosaves, by registry.
+async fn superfluous_of(
+    app: &App,
+    user: &str,
+    sessions: &[Session],
+    times: &Times,
+    now_ms: i64,
+) -> Result<BTreeMap<String, Vec<JobId>>, Refusal> {
     let is_own = |session: &&Session| session.owner.as_deref() == Some(user);
     let own = || sessions.iter().filter(is_own);
     let settings = settings_of(app, own()).await?;
@@ -74,28 +109,50 @@ async fn thin_user(app: &App, user: &str, sessions: &[Session]) -> Result<(), Re
         })
         .collect();
     let living: HashSet<&str> = own().map(|session| session.id.as_str()).collect();
-    let saves = app.record.autosaves(user).await?;
-    let keep_of = |last: &crate::service::record::StoredAutosave| {
+    let saves = times.counted(app.record.autosaves(user).await?);
+    let keep_of = |last: &StoredAutosave| {
         let present = keep.get(last.session.as_str()).copied();
         present.unwrap_or(last.keep).max(1)
     };
-    let mut failed = 0_u64;
-    let mut why = None;
-    for id in superfluous(&saves, now_ms(), keep_of, &living) {
+    let places: HashMap<JobId, &str> = saves
+        .iter()
+        .map(|save| (save.id, save.repository.as_str()))
+        .collect();
+    let mut found = BTreeMap::<String, Vec<JobId>>::new();
+    for id in superfluous(&saves, now_ms, keep_of, &living) {
+        let registry = places.get(&id).map(|place| registry_of(place));
+        let of_registry = found.entry(registry.unwrap_or_default().to_owned());
+        of_registry.or_default().push(id);
+    }
+    Ok(found)
+}
+
+/// Deletes the images of a batch. What cannot be deleted is tried again in an hour, and so is what follows if the registry
+/// does not answer.
+async fn delete_all(app: &App, batch: Batch) {
+    let (mut left, mut why) = (0, None);
+    let mut saves = batch.saves.into_iter();
+    for id in saves.by_ref() {
+        if app.cancel.is_cancelled() {
+            return;
+        }
         if let Err(refusal) = delete(app, id).await {
-            failed += 1;
+            let is_silent = refusal.problem().status == 503;
+            left += 1;
             why = Some(refusal);
+            if is_silent {
+                break;
+            }
         }
     }
     if let Some(refusal) = why {
         tracing::warn!(
-            user,
-            images = failed,
+            user = batch.user,
+            images = left + saves.len(),
             why = refusal.message(),
             "images of autosaves cannot be deleted now"
         );
     }
-    Ok(())
 }
 
 /// Deletes the image of an autosave, if its tag still names it, and its owner has neither pinned nor shared it.
