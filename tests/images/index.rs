@@ -21,7 +21,11 @@ fn run(program: impl AsRef<std::ffi::OsStr>, args: &[&str]) -> Result<Output> {
     let program = program.as_ref();
     let done = Command::new(program).args(args).output()?;
     let said = String::from_utf8_lossy(&done.stderr).into_owned();
-    assert!(done.status.success(), "{program:?} {args:?}: {said}");
+    assert!(
+        done.status.success(),
+        "{} {args:?}: {said}",
+        program.display()
+    );
     Ok(done)
 }
 

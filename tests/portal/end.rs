@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use axum::Json;
 use axum::extract::State as Given;
 use axum::http::HeaderMap;
-use axum::response::IntoResponse as _;
+use axum::response::{IntoResponse as _, Response};
 use serde_json::json;
 use upperdeck::service::job::SaveEnded;
 use upperdeck::service::manager::api::{
@@ -18,19 +18,19 @@ use crate::begin;
 use crate::browser::{BrowserOptions, Outcome};
 use crate::standin::{Reply, Shared, Standin, World, enter};
 
-fn settings(world: &World) -> Reply {
+fn settings(world: &World) -> Response {
     let settings = AutosaveSettings {
         default: None,
         own: world.own,
         min_minutes: 5,
     };
-    Ok(Json(settings).into_response())
+    Json(settings).into_response()
 }
 
 /// The stand-in for `GET /api/v1/autosave`.
 pub async fn own(Given(world): Given<Shared>, headers: HeaderMap) -> Reply {
     let world = enter(&world, &headers, false)?;
-    settings(&world)
+    Ok(settings(&world))
 }
 
 /// The stand-in for `PUT /api/v1/autosave`.
@@ -41,14 +41,14 @@ pub async fn set(
 ) -> Reply {
     let mut world = enter(&world, &headers, true)?;
     world.own = Some(asked);
-    settings(&world)
+    Ok(settings(&world))
 }
 
 /// The stand-in for `DELETE /api/v1/autosave`.
 pub async fn clear(Given(world): Given<Shared>, headers: HeaderMap) -> Reply {
     let mut world = enter(&world, &headers, true)?;
     world.own = None;
-    settings(&world)
+    Ok(settings(&world))
 }
 
 /// Has the pod of the first session say when it is saved.

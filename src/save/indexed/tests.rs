@@ -10,6 +10,9 @@ use crate::layer::Compression;
 use crate::layer::index::{self, Blocks, Listing};
 use crate::layer::sequential::SequentialLayer;
 
+/// An entry's path, kind, length of its headers and size.
+type Listed = (Vec<u8>, Kind, u64, u64);
+
 /// A stored layer, and its index if it has one.
 struct Stored {
     tar: Vec<u8>,
@@ -231,10 +234,10 @@ fn an_index_that_is_wrong_about_an_entry_is_an_error() {
         block.len() as u64,
         &crate::common::digest::Digest::of(&block),
     );
-    let lie = |change: &dyn Fn(&mut Vec<(Vec<u8>, Kind, u64, u64)>)| {
-        let mut entries = Vec::new();
+    let lie = |change: &dyn Fn(&mut Vec<Listed>)| {
+        let mut entries: Vec<Listed> = Vec::new();
         list(&tar, |e| {
-            entries.push((e.path.to_vec(), e.kind, e.header, e.size))
+            entries.push((e.path.to_vec(), e.kind, e.header, e.size));
         })
         .unwrap();
         change(&mut entries);
