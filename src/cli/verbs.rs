@@ -18,6 +18,7 @@ use super::{
     bench_view, options, output, packages, progress, signals, together, view, write_stdout,
 };
 use crate::common::failure::FailureKind;
+use crate::image::manifest::Start;
 use crate::layer::scan::{self, Kind, Scan};
 use crate::layer::{self, Plan};
 use crate::node::container::{self, Roots, VolumeRules};
@@ -110,8 +111,12 @@ pub(super) fn inspect(roots: &Roots, args: &args::Inspect) -> anyhow::Result<()>
             &cancel,
         )?)],
     };
+    let start = base
+        .ok()
+        .and_then(|base| Start::of(&base.config, &[]).ok())
+        .unwrap_or_default();
     view.packages = Some(save::packages::container::asked(
-        &container, &scans, &cancel,
+        &container, &start, &scans, &cancel,
     )?);
     print(args.format, &view, |view| {
         view.packages

@@ -369,10 +369,11 @@ async fn make(context: &mut Context, of: &Of<'_>, again: bool) -> Result<Made, E
     warnings::emit(context, container, volumes, &taken);
 
     context.phase(Phase::Base);
+    let start = manifest::Start::of(&base.config, &options.changes)?;
     // Soon, before the container changes the files in question.
     let (delivered, packages) = tokio::join!(
         base::copy_missing(context, destination, container, base, of.layout),
-        packages::container::of_save(context, container, &taken.scans),
+        packages::container::of_save(context, container, start, &taken.scans),
     );
     let (delivered, packages) = (delivered?, packages?);
     if container.ended().is_some() && delivered.iter().any(Delivered::is_remade) {

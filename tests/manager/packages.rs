@@ -43,6 +43,8 @@ async fn packages_are_listed_compared_and_searched() -> Outcomes {
             name: "tini".to_owned(),
             path: Some("/usr/bin/tini".to_owned()),
             mounted: false,
+            image_only: false,
+            interpreter: None,
         }],
         ..added(&[("numpy", "2.1")])
     });

@@ -2,7 +2,8 @@
 
 A save changes the files of a session's image and nothing else: user, command and environment stay as they are in the
 base, from which the hub started this session. What can keep the new image from starting is what the user changed: the
-programs by which a server is started, which the agent looks for in the session's files, and packages.
+programs by which a server is started, their interpreters, and the entry of the image's user in ``/etc/passwd``, which the
+agent looks for in the session's files, and packages.
 """
 
 from __future__ import annotations
@@ -99,26 +100,66 @@ def judge_packages(packages: Json | None, hub_version: str | None = None) -> Jud
             values = {"version": shorten(one.get("version"), 40), "hub": shorten(hub_version, 40)}
             reasons.append(Reason("jupyterhub_version", values))
             starts = starts and None
-    programs = _judge_programs(packages)
-    if any(reason.against for reason in programs):
-        starts = False
-    return Judgement(starts, tuple(reasons + programs))
+    for judged in (_judge_programs(packages), _judge_user(packages.get("user"))):
+        reasons += judged.reasons
+        starts = _both(starts, judged.starts)
+    return Judgement(starts, tuple(reasons))
 
 
-def _judge_programs(packages: Json) -> list[Reason]:
+def _both(one: bool | None, other: bool | None) -> bool | None:
+    """Returns whether an image starts for which both hold."""
+    return False if False in (one, other) else None if None in (one, other) else True
+
+
+def _judge_programs(packages: Json) -> Judgement:
     """Judges by the programs by which the session was started. An agent of an earlier version names none."""
-    reasons = []
+    reasons: list[Reason] = []
+    starts: bool | None = True
     for one in packages.get("programs", []):
         if not isinstance(one, dict):
             continue
-        name = shorten(one.get("name", ""), 80)
-        if one.get("path"):
-            reasons.append(Reason("program_there", {"name": name, "path": shorten(one["path"])}, against=False))
-        elif one.get("mounted"):
-            reasons.append(Reason("program_mounted", {"name": name}, against=False))
-        else:
-            reasons.append(Reason("program_missing", {"name": name}))
-    return reasons
+        found = [_judge_program(one)]
+        if isinstance(interpreter := one.get("interpreter"), dict):
+            found += _judge_interpreter(one, interpreter)
+        reasons += found
+        if any(reason.against for reason in found):
+            # A hub that started the session by another command does so again.
+            starts = _both(starts, None if one.get("image_only") else False)
+    return Judgement(starts, tuple(reasons))
+
+
+def _judge_program(one: Json) -> Reason:
+    kind = "command" if one.get("image_only") else "program"
+    values = {"name": shorten(one.get("name", ""), 80)}
+    if one.get("path"):
+        return Reason(f"{kind}_there", {**values, "path": shorten(one["path"])}, against=False)
+    if one.get("mounted"):
+        return Reason(f"{kind}_mounted", values, against=False)
+    return Reason(f"{kind}_missing", values)
+
+
+def _judge_interpreter(program: Json, interpreter: Json) -> list[Reason]:
+    values = {"name": shorten(program.get("name", ""), 80), "interpreter": shorten(interpreter.get("name", ""))}
+    if interpreter.get("path"):
+        return []
+    if interpreter.get("mounted"):
+        return [Reason("interpreter_mounted", values, against=False)]
+    return [Reason("interpreter_missing", values)]
+
+
+def _judge_user(user: Any) -> Judgement:
+    """Judges by the user of the image's config: a name without an entry is refused where the hub sets no other user."""
+    if not isinstance(user, dict):
+        return Judgement(True)
+    name = shorten(user.get("name", ""), 80)
+    if user.get("missing"):
+        return Judgement(None, (Reason("user_missing", {"name": name}),))
+    if user.get("mounted"):
+        return Judgement(True, (Reason("user_mounted", {"name": name}, against=False),))
+    if user.get("home") is None:
+        return Judgement(True)
+    values = {"name": name, "home": shorten(user["home"]), "shell": shorten(user.get("shell", ""))}
+    return Judgement(True, (Reason("user_there", values, against=False),))
 
 
 def judge_image(kind: str, packages: Json | None, hub_version: str | None) -> Judgement:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from jupyterhub_upperdeck.starting import judge_image, judge_packages, judge_session
+from jupyterhub_upperdeck.words import words_in
 
 
 def packages(*changes: tuple[str, str, str | None]) -> dict[str, Any]:
@@ -40,12 +41,26 @@ def program(name: str, path: str | None = None, mounted: bool = False) -> dict[s
     return {"name": name, "path": path, "mounted": mounted}
 
 
+def interpreted(name: str, path: str | None = None, mounted: bool = False) -> dict[str, Any]:
+    return {**program("start.sh", "/opt/start.sh"), "interpreter": program(name, path, mounted)}
+
+
 @pytest.mark.parametrize(
     ("programs", "starts", "codes"),
     [
         ([program("tini", "/usr/bin/tini"), program("x", "/opt/x")], True, ["program_there", "program_there"]),
         ([program("tini", "/usr/bin/tini"), program("x")], False, ["program_there", "program_missing"]),
         ([program("x", mounted=True)], True, ["program_mounted"]),
+        ([interpreted("/bin/sh", "/bin/sh")], True, ["program_there"]),
+        ([interpreted("python3")], False, ["program_there", "interpreter_missing"]),
+        ([interpreted("python3", mounted=True)], True, ["program_there", "interpreter_mounted"]),
+        ([{**program("x", "/opt/x"), "interpreter": "odd"}], True, ["program_there"]),
+        # The image's own command, which the hub does not use.
+        ([{**program("x", "/opt/x"), "image_only": True}], True, ["command_there"]),
+        ([{**program("x"), "image_only": True}], None, ["command_missing"]),
+        ([{**program("x", mounted=True), "image_only": True}], True, ["command_mounted"]),
+        ([{**interpreted("python3"), "image_only": True}], None, ["command_there", "interpreter_missing"]),
+        ([{**program("x"), "image_only": True}, program("y")], False, ["command_missing", "program_missing"]),
         (["odd"], True, []),
     ],
 )
@@ -54,7 +69,32 @@ def test_programs_decide(programs: list[Any], starts: bool, codes: list[str]) ->
     assert judged.starts is starts
     assert [reason.code for reason in judged.reasons] == codes
     # What the form says of it is what is against it.
-    assert [reason.code for reason in judged.against] == [code for code in codes if code == "program_missing"]
+    assert [reason.code for reason in judged.against] == [code for code in codes if code.endswith("_missing")]
+    assert all(reason.sentence(words_in(language)) for reason in judged.reasons for language in ("en", "ko"))
+
+
+def user(missing: bool = False, mounted: bool = False, **more: str) -> dict[str, Any]:
+    return {"name": "jovyan", "missing": missing, "mounted": mounted, "home": None, "shell": None, **more}
+
+
+@pytest.mark.parametrize(
+    ("found", "starts", "said"),
+    [
+        (user(missing=True), None, "The user jovyan, by which the image starts, is not in its /etc/passwd"),
+        (user(mounted=True), True, "/etc/passwd is mounted"),
+        (user(home="/home/jovyan", shell="/bin/bash"), True, "directory /home/jovyan and the shell /bin/bash"),
+        # A number.
+        (user(), True, ""),
+        (None, True, ""),
+        ("odd", True, ""),
+    ],
+)
+def test_the_user_decides(found: Any, starts: bool | None, said: str) -> None:
+    judged = judge_packages({**packages(), "user": found}, "6.1.1")
+    assert judged.starts is starts
+    assert said in "".join(reason.sentence() for reason in judged.reasons)
+    gone = judge_packages({**packages(), "user": user(missing=True), "programs": [program("x")]})
+    assert gone.starts is False
 
 
 def test_an_unknown_list_decides_nothing() -> None:

@@ -230,13 +230,43 @@ pub fn check_changes(base_config: &[u8], changes: &[String]) -> Result<(), Error
     if changes.is_empty() {
         return Ok(());
     }
+    changed_config(base_config, changes).map(|_| ())
+}
+
+/// How containers of an image are started unless a runtime says otherwise.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Start {
+    /// `USER[:GROUP]`, each a name or a number; empty for root.
+    pub(crate) user: String,
+    /// Entrypoint and arguments.
+    pub(crate) command: Vec<String>,
+}
+
+impl Start {
+    /// Returns how an image is started that has the config of its base with `changes`.
+    pub(crate) fn of(base_config: &[u8], changes: &[String]) -> Result<Self, Error> {
+        let config = changed_config(base_config, changes)?;
+        let user = config.get("User").and_then(Value::as_str);
+        let words = ["Entrypoint", "Cmd"].into_iter();
+        let words = words.filter_map(|key| config.get(key)?.as_array());
+        let words = words.flatten().filter_map(Value::as_str);
+        Ok(Self {
+            user: user.unwrap_or_default().to_owned(),
+            command: words.map(str::to_owned).collect(),
+        })
+    }
+}
+
+/// Returns the settings of containers of a base with this config, with `changes` applied.
+fn changed_config(base_config: &[u8], changes: &[String]) -> Result<Map<String, Value>, Error> {
     let mut root = parse_object(BASE_CONFIG, base_config)?;
     let mut inner = match root.get_mut("config").map(Value::take) {
         None | Some(Value::Null) => Map::new(),
         Some(Value::Object(map)) => map,
         Some(other) => return Err(unexpected_type(BASE_CONFIG, "config", "an object", &other)),
     };
-    change_config(&mut inner, changes)
+    change_config(&mut inner, changes)?;
+    Ok(inner)
 }
 
 /// Translates a layer's media type from Docker's name to that of OCI. Other types are returned unchanged. Returns
@@ -492,4 +522,28 @@ fn annotations(
             .map(|(key, value)| (key.clone(), json!(value))),
     );
     annotations
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_starts_as_its_base_unless_changed() -> Result<(), Error> {
+        let base = json!({"config": {"User": "jovyan:users", "Entrypoint": ["tini", "--"], "Cmd": ["start.sh"]}});
+        let base = base.to_string();
+        let start = |changes: &[&str]| {
+            let changes: Vec<String> = changes.iter().map(|&change| change.to_owned()).collect();
+            let start = Start::of(base.as_bytes(), &changes)?;
+            Ok::<_, Error>((start.user, start.command.join(" ")))
+        };
+        let said = |user: &str, command: &str| (user.to_owned(), command.to_owned());
+        assert_eq!(start(&[])?, said("jovyan:users", "tini -- start.sh"));
+        let changes = ["USER 1000", "CMD [\"lab\"]"];
+        assert_eq!(start(&changes)?, said("1000", "tini -- lab"));
+        assert_eq!(Start::of(b"{}", &[])?, Start::default());
+        assert_eq!(Start::of(br#"{"config":null}"#, &[])?, Start::default());
+        assert!(Start::of(br#"{"config":{"User":1}}"#, &[]).is_err());
+        Ok(())
+    }
 }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use super::installed::{Installed, Key, Versions};
+use super::start::{Program, StartUser};
 use super::{MAX_LOCATION, MAX_NAME, MAX_UNREAD, Manager};
 use crate::common::escape;
 
@@ -55,18 +56,6 @@ pub struct Unread {
     pub reason: String,
 }
 
-/// A program by which a session is started, looked for in the image.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "service", derive(utoipa::ToSchema))]
-pub struct Program {
-    /// Its name or path, as the session's command has it.
-    pub name: String,
-    /// Where it is in the image; absent if it is not there, or cannot be executed.
-    pub path: Option<String>,
-    /// Whether it may be in a directory that is mounted over the image instead, e.g. a volume.
-    pub mounted: bool,
-}
-
 /// A bounded list of packages that differ.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "service", derive(utoipa::ToSchema))]
@@ -81,10 +70,14 @@ pub struct Packages {
     pub unread_more: u64,
     /// What else limits the list, as sentences.
     pub notes: Vec<String>,
-    /// The programs by which the session was started: the first of its command, and `jupyterhub-singleuser` if a
-    /// JupyterHub started it by that. Empty for an image, and where they could not be looked for.
+    /// The programs by which the session was started: the first of its command, that of the image's own command if it is
+    /// another, and `jupyterhub-singleuser` if a JupyterHub started it by that. Empty for an image, and where they could
+    /// not be looked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub programs: Vec<Program>,
+    /// The user by which the image is started; absent for an image, and where the base's config names none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<StartUser>,
 }
 
 /// Name and versions of a package before and after.
@@ -238,10 +231,8 @@ impl Packages {
         list.notes.truncate(MAX_TOLD);
         list.notes = list.notes.iter().map(short).collect();
         list.programs.truncate(MAX_PROGRAMS);
-        for program in &mut list.programs {
-            program.name = short(&program.name);
-            program.path = program.path.as_ref().map(short);
-        }
+        list.programs.iter_mut().for_each(Program::shorten);
+        list.user.iter_mut().for_each(StartUser::shorten);
         list
     }
 

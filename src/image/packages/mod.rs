@@ -11,13 +11,15 @@ mod files;
 mod installed;
 pub mod layers;
 mod parse;
+mod start;
 
 use serde::{Deserialize, Serialize};
 
-pub use changes::{ChangeKind, PackageChange, Packages, Program, Unread};
+pub use changes::{ChangeKind, PackageChange, Packages, Unread};
 pub use files::metadata_file;
 pub(crate) use files::{MetadataFile, is_installed_at};
 pub use installed::{Installed, TOTAL_BYTES};
+pub use start::{Interpreter, Program, StartUser};
 
 /// Maximum number of packages of one tree. A full Linux desktop has about 3,000.
 pub(crate) const MAX_PACKAGES: usize = 50_000;

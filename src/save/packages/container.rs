@@ -10,6 +10,7 @@ use rustix::fs::{FileType, Stat};
 use tokio_util::sync::CancellationToken;
 
 use super::{ASKED, ASKED_BYTES, programs};
+use crate::image::manifest::Start;
 use crate::image::packages::{Installed, MetadataFile, Packages, is_installed_at, metadata_file};
 use crate::layer::scan::{Entry, Kind, Scan};
 use crate::node::container::Container;
@@ -29,15 +30,17 @@ const MAX_DEPTH: usize = 64;
 const LISTED: usize = 2000;
 const LISTED_BYTES: usize = 256 << 10;
 
-/// Returns the packages by which the image of a save differs from its base.
+/// Returns the packages by which the image of a save, started as `start` says, differs from its base.
 pub(in crate::save) async fn of_save(
     context: &Context,
     container: &Container,
+    start: Start,
     scans: &[Arc<Scan>],
 ) -> Result<Packages, Error> {
     let (container, scans) = (container.clone(), scans.to_vec());
     let cancel = context.cancel.clone();
-    let listed = tokio::task::spawn_blocking(move || with_programs(&container, &scans, &cancel));
+    let listed =
+        tokio::task::spawn_blocking(move || with_programs(&container, &start, &scans, &cancel));
     let listed = listed.await.map_err(|_| Error::Worker)??;
     Ok(listed.limited(LISTED, LISTED_BYTES))
 }
@@ -45,19 +48,21 @@ pub(in crate::save) async fn of_save(
 /// Returns the packages of a container as [`of`] does, for a list that is asked for.
 pub(crate) fn asked(
     container: &Container,
+    start: &Start,
     scans: &[Arc<Scan>],
     cancel: &CancellationToken,
 ) -> Result<Packages, Error> {
-    Ok(with_programs(container, scans, cancel)?.limited(ASKED, ASKED_BYTES))
+    Ok(with_programs(container, start, scans, cancel)?.limited(ASKED, ASKED_BYTES))
 }
 
 fn with_programs(
     container: &Container,
+    start: &Start,
     scans: &[Arc<Scan>],
     cancel: &CancellationToken,
 ) -> Result<Packages, Error> {
     let mut packages = of(&container.overlay, scans, cancel)?;
-    packages.programs = programs::of(container);
+    (packages.programs, packages.user) = programs::of(container, start);
     Ok(packages)
 }
 
@@ -203,7 +208,8 @@ fn is_same(stat: &Stat, entry: &Entry) -> bool {
         || (stat.st_ctime, stat.st_ctime_nsec as u32) == (entry.ctime, entry.ctime_nsec)
 }
 
-fn read(file: &File, length: u64) -> io::Result<Vec<u8>> {
+/// Reads at most `length` bytes.
+pub(super) fn read(file: &File, length: u64) -> io::Result<Vec<u8>> {
     let mut content = Vec::new();
     file.take(length).read_to_end(&mut content)?;
     Ok(content)

@@ -1,19 +1,13 @@
 //! The programs by which a session is started: whether they are in its tree, from which an image is made. A user can
-//! have deleted or replaced them, and an image without them does not start.
-//!
-//! Paths and links are a tenant's: they are followed within the tree, by lookups that are bounded in number.
+//! have deleted or replaced them or their interpreters, and an image without them does not start.
 
-use std::collections::{BTreeSet, VecDeque};
-use std::io;
-
-use rustix::fs::FileType;
-
+use super::shebang;
+use super::tree::{File, Place, Tree};
+use super::user;
 use crate::common::escape;
-use crate::image::packages::Program;
+use crate::image::manifest::Start;
+use crate::image::packages::{Interpreter, Program, StartUser};
 use crate::node::container::{Container, Spec};
-use crate::node::overlay::lower::{Found, Lowers, Stack, join};
-use crate::node::overlay::mount::OverlayMount;
-use crate::node::overlay::root::Root;
 
 /// The program by which a JupyterHub starts a server, and the module that is the same.
 const SINGLEUSER: &str = "jupyterhub-singleuser";
@@ -24,48 +18,115 @@ const HUB: &str = "JUPYTERHUB_SERVICE_PREFIX";
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Maximum number of directories that are searched.
 const MAX_DIRECTORIES: usize = 64;
-/// Maximum number of names that are looked up for one program, over all directories and links.
-const MAX_LOOKUPS: usize = 4096;
+/// Maximum number of scripts that start each other.
+const MAX_SCRIPTS: usize = 2;
+/// Maximum length of a name in bytes.
+const MAX_NAME: usize = 256;
 
-/// Returns the programs by which a container was started, as they are in its tree now; none that cannot be looked for.
-pub(super) fn of(container: &Container) -> Vec<Program> {
+/// Returns the programs by which a container was started and by which its image, started as `start` says, would be, as
+/// they are in its tree now, and the image's user; none that cannot be looked for.
+pub(super) fn of(container: &Container, start: &Start) -> (Vec<Program>, Option<StartUser>) {
     let now = Tree::open(container, true);
     let base = Tree::open(container, false);
     let (Ok(now), Ok(base)) = (now, base) else {
-        return Vec::new();
+        return (Vec::new(), None);
     };
-    listed(&container.spec, &now, &base)
+    (
+        listed(&container.spec, start, &now, &base),
+        user::of(&start.user, &now),
+    )
 }
 
-fn listed(spec: &Spec, now: &Tree, base: &Tree) -> Vec<Program> {
+fn listed(spec: &Spec, start: &Start, now: &Tree, base: &Tree) -> Vec<Program> {
     let search = search_path(spec);
-    let first = spec.args.first().map(String::as_str);
-    let first = first.filter(|name| name.starts_with('/') || !name.contains('/'));
+    let first = first(&spec.args);
     let is_module = spec.args.iter().any(|word| word == MODULE);
     let is_of_hub = spec
         .env
         .iter()
         .any(|line| line.split('=').next() == Some(HUB));
-    let by_name = |name: &&str| first.is_none_or(|first| first != *name);
     // A base that never had it is started in another way.
-    let in_base = |name: &&str| matches!(base.find(name, &search), Ok(Place::File(_)));
+    let in_base =
+        |name: &&str| matches!(base.program(name.as_bytes(), &search), Ok(Place::File(_)));
     let hub = Some(SINGLEUSER)
         .filter(|_| is_of_hub && !is_module)
-        .filter(by_name)
         .filter(in_base);
-    let program = |name: &str| {
-        let place = now.find(name, &search).ok()?;
-        Some(Program {
-            name: escape::limited(name, 256),
-            mounted: matches!(place, Place::Mounted),
-            path: match place {
-                Place::File(path) => Some(format!("/{}", escape::path(&path))),
-                Place::Mounted | Place::Nowhere => None,
-            },
-        })
-    };
-    let names = first.into_iter().chain(hub);
-    names.filter_map(program).collect()
+    let image = self::first(&start.command).filter(in_base);
+    let names = [(first, false), (hub, false), (image, true)];
+    let mut listed: Vec<Program> = Vec::new();
+    for (name, image_only) in names {
+        let Some(program) = name.and_then(|name| look(name, image_only, now, &search)) else {
+            continue;
+        };
+        let is_same = |known: &Program| {
+            known.name == program.name || (known.path.is_some() && known.path == program.path)
+        };
+        if !listed.iter().any(is_same) {
+            listed.push(program);
+        }
+    }
+    listed
+}
+
+/// Returns the program of a command, unless its path depends on the working directory.
+fn first(command: &[String]) -> Option<&str> {
+    let name = command.first().map(String::as_str);
+    name.filter(|name| name.starts_with('/') || !(name.is_empty() || name.contains('/')))
+}
+
+fn look(name: &str, image_only: bool, now: &Tree, search: &[String]) -> Option<Program> {
+    let place = now.program(name.as_bytes(), search).ok()?;
+    let (path, mounted) = told(&place);
+    Some(Program {
+        name: escape::limited(name, MAX_NAME),
+        path,
+        mounted,
+        image_only,
+        interpreter: match place {
+            Place::File(file) => interpreter(file, now, search),
+            Place::Mounted | Place::Nowhere => None,
+        },
+    })
+}
+
+/// Returns the path of a program, and whether it may be below a mount.
+fn told(place: &Place) -> (Option<String>, bool) {
+    match place {
+        Place::File(file) => (Some(format!("/{}", escape::path(&file.path))), false),
+        Place::Mounted => (None, true),
+        Place::Nowhere => (None, false),
+    }
+}
+
+/// Returns the first interpreter without which a script does not start, or the last of those that it needs. What cannot
+/// be read needs none.
+fn interpreter(mut file: File, now: &Tree, search: &[String]) -> Option<Interpreter> {
+    let mut last = None;
+    for _ in 0..MAX_SCRIPTS {
+        let Ok(Some(head)) = now.read(&file, shebang::HEAD as u64) else {
+            break;
+        };
+        let names = shebang::interpreters(&head);
+        if names.is_empty() {
+            break;
+        }
+        for name in names {
+            let Ok(place) = now.program(&name, search) else {
+                return last;
+            };
+            let (path, mounted) = told(&place);
+            last = Some(Interpreter {
+                name: escape::limited(&escape::path(&name), MAX_NAME),
+                path,
+                mounted,
+            });
+            match place {
+                Place::File(found) => file = found,
+                Place::Mounted | Place::Nowhere => return last,
+            }
+        }
+    }
+    last
 }
 
 fn search_path(spec: &Spec) -> Vec<String> {
@@ -77,127 +138,9 @@ fn search_path(spec: &Spec) -> Vec<String> {
     absolute.take(MAX_DIRECTORIES).map(str::to_owned).collect()
 }
 
-/// Where a program is.
-#[derive(Debug, PartialEq, Eq)]
-enum Place {
-    /// An executable file at this path, without a leading slash.
-    File(Vec<u8>),
-    /// Perhaps below a mount, of which nothing is known.
-    Mounted,
-    Nowhere,
-}
-
-/// A container's tree, or that of its base alone.
-struct Tree {
-    layers: Lowers,
-    /// Paths at which something is mounted, without leading slashes.
-    mounts: BTreeSet<Vec<u8>>,
-}
-
-impl Tree {
-    fn open(container: &Container, with_upper: bool) -> io::Result<Self> {
-        let mounts = container.mounts.iter();
-        let mounts = mounts.map(|mount| plain(mount.destination.as_os_str().as_encoded_bytes()));
-        Self::new(&container.overlay, with_upper, mounts.collect())
-    }
-
-    fn new(
-        overlay: &OverlayMount,
-        with_upper: bool,
-        mounts: BTreeSet<Vec<u8>>,
-    ) -> io::Result<Self> {
-        let upper = with_upper.then_some(&overlay.upper);
-        let merged = upper.into_iter().chain(&overlay.lowers);
-        let roots = merged.clone().chain(&overlay.data_only);
-        let roots: io::Result<Vec<Root>> = roots.map(|path| Root::open(path)).collect();
-        let layers = Lowers {
-            merged: merged.count(),
-            roots: roots?,
-            namespace: overlay.namespace,
-        };
-        Ok(Self { layers, mounts })
-    }
-
-    /// Looks for a program as a shell does: by its path, or by its name in directories.
-    fn find(&self, name: &str, search: &[String]) -> io::Result<Place> {
-        let mut left = MAX_LOOKUPS;
-        if name.contains('/') {
-            return self.resolve(name.as_bytes(), &mut left);
-        }
-        let mut mounted = false;
-        for directory in search {
-            match self.resolve(&join(directory.as_bytes(), name.as_bytes()), &mut left)? {
-                Place::Nowhere => {}
-                Place::Mounted => mounted = true,
-                found @ Place::File(_) => return Ok(found),
-            }
-        }
-        Ok(if mounted {
-            Place::Mounted
-        } else {
-            Place::Nowhere
-        })
-    }
-
-    /// Follows a path and its links within the tree, by at most `left` lookups.
-    fn resolve(&self, path: &[u8], left: &mut usize) -> io::Result<Place> {
-        let mut rest: VecDeque<Vec<u8>> = components(path).collect();
-        let mut at: Vec<(Vec<u8>, Stack)> = Vec::new();
-        while let Some(name) = rest.pop_front() {
-            *left = left
-                .checked_sub(1)
-                .ok_or_else(|| io::Error::other("too many lookups"))?;
-            if name == b".." {
-                at.pop();
-                continue;
-            }
-            let (above, parent) = at.last().map_or_else(
-                || (Vec::new(), self.layers.root_stack()),
-                |(path, stack)| (path.clone(), stack.clone()),
-            );
-            let here = join(&above, &name);
-            if self.mounts.contains(&here) {
-                return Ok(Place::Mounted);
-            }
-            match self.layers.lookup(&parent, &name)? {
-                Found::Absent => return Ok(Place::Nowhere),
-                Found::Dir { stack, .. } => at.push((here, stack)),
-                Found::Other { place, stat } => match FileType::from_raw_mode(stat.st_mode) {
-                    FileType::Symlink => {
-                        let root = &self.layers.roots[usize::from(place.root)];
-                        let target = root.read_link(&place.path)?;
-                        if target.starts_with(b"/") {
-                            at.clear();
-                        }
-                        for name in components(&target).rev() {
-                            rest.push_front(name);
-                        }
-                    }
-                    FileType::RegularFile if rest.is_empty() && stat.st_mode & 0o111 != 0 => {
-                        return Ok(Place::File(here));
-                    }
-                    _ => return Ok(Place::Nowhere),
-                },
-            }
-        }
-        Ok(Place::Nowhere)
-    }
-}
-
-/// Returns the components of a path that lead somewhere else.
-fn components(path: &[u8]) -> impl DoubleEndedIterator<Item = Vec<u8>> {
-    let names = path.split(|&byte| byte == b'/');
-    names
-        .filter(|name| !name.is_empty() && *name != b".")
-        .map(<[u8]>::to_vec)
-}
-
-fn plain(path: &[u8]) -> Vec<u8> {
-    components(path).collect::<Vec<_>>().join(&b'/')
-}
-
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
     use std::fs::{self, Permissions};
     use std::os::unix::fs::{PermissionsExt, symlink};
     use std::path::PathBuf;
@@ -205,6 +148,7 @@ mod tests {
     use rustix::fs::{CWD, FileType, Mode, mknodat};
 
     use super::*;
+    use crate::node::overlay::mount::OverlayMount;
     use crate::node::overlay::xattr::Namespace;
 
     type Outcome = Result<(), Box<dyn std::error::Error>>;
@@ -213,6 +157,7 @@ mod tests {
         dir: tempfile::TempDir,
         overlay: OverlayMount,
         spec: Spec,
+        start: Start,
         mounts: BTreeSet<Vec<u8>>,
     }
 
@@ -246,6 +191,7 @@ mod tests {
                 dir,
                 overlay,
                 spec,
+                start: Start::default(),
                 mounts: BTreeSet::new(),
             };
             it.program("lower2/usr/bin/tini", 0o755)?;
@@ -277,10 +223,30 @@ mod tests {
             )?)
         }
 
+        fn listed(&self) -> Result<Vec<Program>, std::io::Error> {
+            let tree = |upper| Tree::new(&self.overlay, upper, self.mounts.clone());
+            Ok(listed(&self.spec, &self.start, &tree(true)?, &tree(false)?))
+        }
+
+        /// Writes an executable file of the upper.
+        fn script(&self, path: &str, content: &str) -> std::io::Result<()> {
+            let path = format!("upper/{path}");
+            self.program(&path, 0o755)?;
+            fs::write(self.dir.path().join(path), content)
+        }
+
+        /// Returns name, path and `mounted` of the interpreter of the first program.
+        fn interpreter(
+            &self,
+        ) -> Result<Option<(String, Option<String>, bool)>, Box<dyn std::error::Error>> {
+            let first = self.listed()?.into_iter().next().ok_or("no program")?;
+            let found = first.interpreter;
+            Ok(found.map(|it| (it.name, it.path, it.mounted)))
+        }
+
         /// Returns name, path and `mounted` of each program.
         fn found(&self) -> Result<Vec<(String, Option<String>, bool)>, std::io::Error> {
-            let tree = |upper| Tree::new(&self.overlay, upper, self.mounts.clone());
-            let listed = listed(&self.spec, &tree(true)?, &tree(false)?);
+            let listed = self.listed()?;
             Ok(listed
                 .into_iter()
                 .map(|it| (it.name, it.path, it.mounted))
@@ -360,6 +326,58 @@ mod tests {
         fs::remove_file(bin.join("tini"))?;
         symlink("../../../../../../../../bin/sh", bin.join("tini"))?;
         assert_eq!(it.found()?[0], not("tini", false));
+        Ok(())
+    }
+
+    #[test]
+    fn scripts_name_what_they_need() -> Outcome {
+        let mut it = Container::new()?;
+        assert_eq!(it.interpreter()?, Some(not("/bin/sh", false)));
+        it.script("bin/sh", "\x7fELF")?;
+        assert_eq!(it.interpreter()?, Some(at("/bin/sh", "/bin/sh")));
+        // The first that is missing, and the last if all are there.
+        it.script("usr/bin/tini", "#!/usr/bin/env python3\n")?;
+        assert_eq!(it.interpreter()?, Some(not("/usr/bin/env", false)));
+        it.script("usr/bin/env", "\x7fELF")?;
+        assert_eq!(it.interpreter()?, Some(not("python3", false)));
+        it.script("opt/bin/python3", "\x7fELF")?;
+        assert_eq!(it.interpreter()?, Some(at("python3", "/opt/bin/python3")));
+        // An interpreter that is a script, of one that is not there or is the script itself.
+        it.script("opt/bin/python3", "#!/opt/conda/bin/python\n")?;
+        let conda = "/opt/conda/bin/python";
+        assert_eq!(it.interpreter()?, Some(not(conda, false)));
+        it.script("opt/bin/python3", "#!/opt/bin/python3\n")?;
+        let itself = "/opt/bin/python3";
+        assert_eq!(it.interpreter()?, Some(at(itself, itself)));
+        let pip = format!("#!/bin/sh\n'''exec' {conda} \"$0\" \"$@\"\n' '''\n");
+        it.script("usr/bin/tini", &pip)?;
+        assert_eq!(it.interpreter()?, Some(not(conda, false)));
+        it.mounts.insert(b"opt/conda".to_vec());
+        assert_eq!(it.interpreter()?, Some(not(conda, true)));
+        it.script("usr/bin/tini", "\x7fELF")?;
+        assert_eq!(it.interpreter()?, None);
+        Ok(())
+    }
+
+    #[test]
+    fn the_image_s_own_command_is_looked_for_if_it_is_another() -> Outcome {
+        let mut it = Container::new()?;
+        let said = |it: &Container| -> Result<Vec<(String, bool)>, std::io::Error> {
+            let listed = it.listed()?.into_iter();
+            Ok(listed.map(|one| (one.name, one.image_only)).collect())
+        };
+        let started = [("tini".to_owned(), false), (SINGLEUSER.to_owned(), false)];
+        it.start.command = vec!["/usr/bin/tini".to_owned(), "--".to_owned()];
+        assert_eq!(said(&it)?, started, "it is the same file");
+        it.start.command = vec!["start-notebook.py".to_owned()];
+        assert_eq!(said(&it)?, started, "the base has none");
+        it.program("lower1/usr/bin/start-notebook.py", 0o755)?;
+        assert_eq!(said(&it)?[2], ("start-notebook.py".to_owned(), true));
+        it.delete("usr/bin/start-notebook.py")?;
+        assert_eq!(it.found()?[2], not("start-notebook.py", false));
+        // What a hub starts anyway is not the image's alone.
+        it.start.command = vec![SINGLEUSER.to_owned()];
+        assert_eq!(said(&it)?, started);
         Ok(())
     }
 }
