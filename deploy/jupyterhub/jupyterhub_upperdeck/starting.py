@@ -2,8 +2,8 @@
 
 A save changes the files of a session's image and nothing else: user, command and environment stay as they are in the
 base, from which the hub started this session. What can keep the new image from starting is what the user changed: the
-programs by which a server is started, their interpreters, and the entry of the image's user in ``/etc/passwd``, which the
-agent looks for in the session's files, and packages.
+programs by which a server is started, their interpreters, and the entry of the image's user in ``/etc/passwd``, which
+the agent looks for in the session's files, and packages.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ _ENGLISH = {
     "not in the image, and is there at the next start only if the hub mounts it again.",
     "command_missing": "The program {name}, by which the image's own command begins, is not in the image any more: it "
     "starts only if the hub sets another command, as it did for this session.",
-    "command_mounted": "The program {name}, by which the image's own command begins, is in a mounted directory: it is not "
-    "in the image. The hub started this session by another command.",
+    "command_mounted": "The program {name}, by which the image's own command begins, is in a mounted directory: it is "
+    "not in the image. The hub started this session by another command.",
     "command_there": "The image's own command begins with {name}, at {path}; the hub started this session by another.",
     "user_missing": "The user {name}, by which the image starts, is not in its /etc/passwd any more: it starts only if "
     "the hub sets another user.",
@@ -106,17 +106,18 @@ _KOREAN = {
     "jupyterhub_version": "jupyterhub {version}이 설치되었고 허브는 {hub}입니다. "
     "첫 번호가 다른 버전은 함께 작동하지 않을 수 있습니다.",
     "program_missing": "서버를 시작하는 프로그램 {name}이(가) 이미지에 더 이상 없습니다.",
-    "program_mounted": "서버를 시작하는 프로그램 {name}이(가) 마운트된 디렉터리에 있어 이미지에 들어가지 않으며, "
-    "허브가 다음에도 마운트해야 있습니다.",
+    "program_mounted": "서버를 시작하는 프로그램 {name}이(가) 마운트된 디렉터리에 있어 이미지에 "
+    "들어가지 않으며, 허브가 다음에도 마운트해야 있습니다.",
     "program_there": "{name}이(가) 이미지의 {path}에 있습니다.",
     "interpreter_missing": "스크립트 {name}에 필요한 프로그램 {interpreter}이(가) 이미지에 더 이상 없습니다.",
-    "interpreter_mounted": "스크립트 {name}에 필요한 프로그램 {interpreter}이(가) 마운트된 디렉터리에 있어 이미지에 들어가지 않으며, "
-    "허브가 다음에도 마운트해야 있습니다.",
+    "interpreter_mounted": "스크립트 {name}에 필요한 프로그램 {interpreter}이(가) 마운트된 디렉터리에 있어 이미지에 "
+    "들어가지 않으며, 허브가 다음에도 마운트해야 있습니다.",
     "command_missing": "이미지 자체의 명령에 쓰이는 프로그램 {name}이(가) 이미지에 더 이상 없습니다. "
     "이 세션처럼 허브가 다른 명령을 지정해야 시작됩니다.",
-    "command_mounted": "이미지 자체의 명령에 쓰이는 프로그램 {name}이(가) 마운트된 디렉터리에 있어 이미지에 들어가지 않습니다. "
+    "command_mounted": "이미지 자체의 명령에 쓰이는 프로그램 {name}이(가) 마운트된 디렉터리에 있어 "
+    "이미지에 들어가지 않습니다. 허브는 이 세션을 다른 명령으로 시작했습니다.",
+    "command_there": "이미지 자체의 명령은 {path}에 있는 {name}(으)로 시작하며, "
     "허브는 이 세션을 다른 명령으로 시작했습니다.",
-    "command_there": "이미지 자체의 명령은 {path}에 있는 {name}(으)로 시작하며, 허브는 이 세션을 다른 명령으로 시작했습니다.",
     "user_missing": "이미지의 사용자 {name}이(가) /etc/passwd에 더 이상 없습니다. "
     "허브가 다른 사용자를 지정해야 시작됩니다.",
     "user_mounted": "/etc/passwd가 마운트되어 있어 이미지에 사용자 {name}이(가) 있는지 알 수 없습니다.",

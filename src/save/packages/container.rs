@@ -3,13 +3,13 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::sync::Arc;
 
 use rustix::fs::{FileType, Stat};
 use tokio_util::sync::CancellationToken;
 
-use super::{ASKED, ASKED_BYTES, programs};
+use super::{ASKED, ASKED_BYTES, programs, read};
 use crate::image::manifest::Start;
 use crate::image::packages::{Installed, MetadataFile, Packages, is_installed_at, metadata_file};
 use crate::layer::scan::{Entry, Kind, Scan};
@@ -206,13 +206,6 @@ fn is_same(stat: &Stat, entry: &Entry) -> bool {
     entry.root != 0
         || stat.st_ino != entry.ino
         || (stat.st_ctime, stat.st_ctime_nsec as u32) == (entry.ctime, entry.ctime_nsec)
-}
-
-/// Reads at most `length` bytes.
-pub(super) fn read(file: &File, length: u64) -> io::Result<Vec<u8>> {
-    let mut content = Vec::new();
-    file.take(length).read_to_end(&mut content)?;
-    Ok(content)
 }
 
 /// The base, read where the container hides it.

@@ -152,6 +152,8 @@ mod tests {
     use crate::node::overlay::xattr::Namespace;
 
     type Outcome = Result<(), Box<dyn std::error::Error>>;
+    /// Name, path and `mounted`.
+    type Found = (String, Option<String>, bool);
 
     struct Container {
         dir: tempfile::TempDir,
@@ -236,16 +238,14 @@ mod tests {
         }
 
         /// Returns name, path and `mounted` of the interpreter of the first program.
-        fn interpreter(
-            &self,
-        ) -> Result<Option<(String, Option<String>, bool)>, Box<dyn std::error::Error>> {
+        fn interpreter(&self) -> Result<Option<Found>, Box<dyn std::error::Error>> {
             let first = self.listed()?.into_iter().next().ok_or("no program")?;
             let found = first.interpreter;
             Ok(found.map(|it| (it.name, it.path, it.mounted)))
         }
 
         /// Returns name, path and `mounted` of each program.
-        fn found(&self) -> Result<Vec<(String, Option<String>, bool)>, std::io::Error> {
+        fn found(&self) -> Result<Vec<Found>, std::io::Error> {
             let listed = self.listed()?;
             Ok(listed
                 .into_iter()
@@ -254,11 +254,11 @@ mod tests {
         }
     }
 
-    fn at(name: &str, path: &str) -> (String, Option<String>, bool) {
+    fn at(name: &str, path: &str) -> Found {
         (name.to_owned(), Some(path.to_owned()), false)
     }
 
-    fn not(name: &str, mounted: bool) -> (String, Option<String>, bool) {
+    fn not(name: &str, mounted: bool) -> Found {
         (name.to_owned(), None, mounted)
     }
 

@@ -8,7 +8,7 @@ use std::io;
 
 use rustix::fs::{FileType, Stat};
 
-use super::container::read;
+use super::read;
 use crate::node::container::Container;
 use crate::node::overlay::lower::{self, Found, Lowers, Stack, join};
 use crate::node::overlay::mount::OverlayMount;
@@ -33,7 +33,7 @@ pub(super) struct File {
     /// Its path, without a leading slash.
     pub(super) path: Vec<u8>,
     /// Where its content is; `None` if that is missing.
-    content: Option<(lower::Place, Stat)>,
+    content: Option<Box<(lower::Place, Stat)>>,
     executable: bool,
 }
 
@@ -105,9 +105,10 @@ impl Tree {
 
     /// Returns the beginning of a file, at most `length` bytes, or `None` if its content is gone.
     pub(super) fn read(&self, file: &File, length: u64) -> io::Result<Option<Vec<u8>>> {
-        let Some((place, stat)) = &file.content else {
+        let Some(content) = &file.content else {
             return Ok(None);
         };
+        let (place, stat) = &**content;
         let root = &self.layers.roots[usize::from(place.root)];
         let opened = root.open_file(&place.path, stat.st_ino)?;
         opened
@@ -153,7 +154,10 @@ impl Tree {
                         return Ok(Place::File(File {
                             path: here,
                             executable: stat.st_mode & 0o111 != 0,
-                            content: self.layers.data_of(place, stat, &parent, &name)?,
+                            content: self
+                                .layers
+                                .data_of(place, stat, &parent, &name)?
+                                .map(Box::new),
                         }));
                     }
                     _ => return Ok(Place::Nowhere),
