@@ -150,10 +150,9 @@ class PullSecrets:
         """
         name = _secret_name(secret_key(spawner.user.name, spawner.name))
         try:
-            await spawner.api.delete_namespaced_secret(name, spawner.namespace)
+            await _delete_secret(spawner, name)
         except Exception as error:
-            if getattr(error, "status", None) != 404:
-                raise Problem.unavailable(f"the Secret {name} cannot be deleted: {error}") from error
+            raise Problem.unavailable(f"the Secret {name} cannot be deleted: {error}") from error
 
 
 def _secret_name(key: str) -> str:
@@ -196,7 +195,16 @@ async def write_secret(spawner: Any, body: dict[str, Any]) -> None:
         except Exception as error:
             if getattr(error, "status", None) != 409:
                 raise
-            await spawner.api.delete_namespaced_secret(name, namespace)
+            await _delete_secret(spawner, name)
             await spawner.api.create_namespaced_secret(namespace, body)
     except Exception as error:
         raise Problem.unavailable(f"the Secret {name} cannot be written: {error}") from error
+
+
+async def _delete_secret(spawner: Any, name: str) -> None:
+    """Deletes a Secret in the server's namespace, if it is there."""
+    try:
+        await spawner.api.delete_namespaced_secret(name, spawner.namespace)
+    except Exception as error:
+        if getattr(error, "status", None) != 404:
+            raise

@@ -206,6 +206,26 @@ async def test_the_pull_secret_of_a_pod_that_others_deleted_is_deleted(monkeypat
     assert again.api.secrets == {}
 
 
+async def test_a_secret_that_goes_while_it_is_replaced_is_written() -> None:
+    manager = FakeManager()
+    manager.images = [image("alice", "work", "1")]
+    started = spawner(manager, "alice", {"image": "harbor.example.org/alice/work:monday"})
+    started.upperdeck_pull_secrets = PullSecrets(Credentials())
+    await started.load_user_options()
+    create = started.api.create_namespaced_secret
+
+    async def gone_after_a_conflict(namespace: str, body: dict[str, Any]) -> None:
+        try:
+            await create(namespace, body)
+        finally:
+            if started.api.secrets.get((namespace, body["metadata"]["name"])) is not body:
+                started.api.secrets.clear()
+
+    started.api.create_namespaced_secret = gone_after_a_conflict
+    await started.load_user_options()
+    assert len(started.api.secrets) == 1
+
+
 async def test_named_servers_are_sessions_of_one_owner() -> None:
     manager = FakeManager()
     manager.images = [image(owner_of("carol@example.com"), "work", "1")]
