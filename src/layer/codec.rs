@@ -205,11 +205,12 @@ fn stored_zstd(block: &[u8]) -> Vec<u8> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn noise(len: usize) -> Vec<u8> {
-        let mut state = 1u64;
+    /// Returns bytes that do not become smaller, the same for a seed (xorshift64).
+    pub(crate) fn noise(len: usize, seed: u64) -> Vec<u8> {
+        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
         let next = || {
             state ^= state << 13;
             state ^= state >> 7;
@@ -221,18 +222,18 @@ mod tests {
 
     #[test]
     fn what_is_packed_already_is_stored_and_nothing_else() {
-        let packed = noise(1 << 20);
+        let packed = noise(1 << 20, 1);
         assert!(is_incompressible(&packed));
         let text = "def upperdeck(): return None\n".repeat(40_000);
         assert!(!is_incompressible(text.as_bytes()));
         // All byte values are equally frequent, but the data repeat.
-        let repeats = noise(1 << 12).repeat(256);
+        let repeats = noise(1 << 12, 1).repeat(256);
         assert!(!is_incompressible(&repeats));
         // Half of the block is compressible.
         let half = [&packed[..1 << 19], &vec![b'x'; 1 << 19]].concat();
         assert!(!is_incompressible(&half));
         // Numeric data: the exponents of floats are similar.
-        let floats: Vec<u8> = noise(1 << 20)
+        let floats: Vec<u8> = noise(1 << 20, 1)
             .chunks_exact(4)
             .flat_map(|b| (f32::from(b[0]) + f32::from(b[1]) / 256.0).to_le_bytes())
             .collect();

@@ -157,16 +157,22 @@ async def test_each_user_starts_from_the_own_image(user: str) -> None:
     assert started.upperdeck_session() == {"namespace": "hub", "pod": started.pod_name, "container": "notebook"}
 
 
-async def test_the_pull_secret_is_deleted_at_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def stop(self: Any, now: bool = False) -> None:
-        pass
-
-    monkeypatch.setattr(KubeSpawner, "stop", stop)
+async def with_a_pull_secret() -> Spawner:
+    """Returns alice's spawner after the Secret of her image was written, and before the pod is made."""
     manager = FakeManager()
     manager.images = [image("alice", "work", "1")]
     started = spawner(manager, "alice", {"image": "harbor.example.org/alice/work:monday"})
     started.upperdeck_pull_secrets = PullSecrets(Credentials())
     await started.load_user_options()
+    return started
+
+
+async def test_the_pull_secret_is_deleted_at_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stop(self: Any, now: bool = False) -> None:
+        pass
+
+    monkeypatch.setattr(KubeSpawner, "stop", stop)
+    started = await with_a_pull_secret()
     assert len(started.api.secrets) == 1
     await started.stop(now=True)
     assert started.api.secrets == {}
@@ -184,11 +190,7 @@ async def test_the_pull_secret_of_a_pod_that_others_deleted_is_deleted(monkeypat
         return ended[0]
 
     monkeypatch.setattr(KubeSpawner, "poll", poll)
-    manager = FakeManager()
-    manager.images = [image("alice", "work", "1")]
-    started = spawner(manager, "alice", {"image": "harbor.example.org/alice/work:monday"})
-    started.upperdeck_pull_secrets = PullSecrets(Credentials())
-    await started.load_user_options()
+    started = await with_a_pull_secret()
     assert await started.poll() is None
     ended[0] = 1
     # Before its pod is made, a server has the Secret.
@@ -199,7 +201,7 @@ async def test_the_pull_secret_of_a_pod_that_others_deleted_is_deleted(monkeypat
     assert await started.poll() == 1
     assert started.api.secrets == {}
     # The hub has started again meanwhile, and knows nothing of it.
-    again = spawner(manager, "alice")
+    again = spawner(FakeManager(), "alice")
     again.upperdeck_pull_secrets = PullSecrets(Credentials())
     again.api.secrets = {("hub", f"upperdeck-pull-{secret_key('alice', '')}"): {}}
     assert await again.poll() == 1
@@ -207,11 +209,7 @@ async def test_the_pull_secret_of_a_pod_that_others_deleted_is_deleted(monkeypat
 
 
 async def test_a_secret_that_goes_while_it_is_replaced_is_written() -> None:
-    manager = FakeManager()
-    manager.images = [image("alice", "work", "1")]
-    started = spawner(manager, "alice", {"image": "harbor.example.org/alice/work:monday"})
-    started.upperdeck_pull_secrets = PullSecrets(Credentials())
-    await started.load_user_options()
+    started = await with_a_pull_secret()
     create = started.api.create_namespaced_secret
 
     async def gone_after_a_conflict(namespace: str, body: dict[str, Any]) -> None:
@@ -357,7 +355,7 @@ async def test_the_choice_to_save_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
     started = spawner(manager, "alice", options)
     await started.load_user_options()
     assert started.upperdeck_saves
-    again = spawner(manager, "alice")
+    again = spawner(FakeManager(), "alice")
     again.load_state(started.get_state())
     assert again.upperdeck_saves
     saved: list[str] = []

@@ -161,20 +161,9 @@ mod tests {
 
     use super::*;
     use crate::layer::block::tests::plan_of;
+    use crate::layer::codec::tests::noise;
     use crate::layer::codec::{BLOCK, Codec, Compression};
     use crate::layer::stream;
-
-    /// Bytes that do not become smaller.
-    fn noise(len: usize, mut state: u64) -> Vec<u8> {
-        state |= 1;
-        let next = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 32) as u8
-        };
-        std::iter::repeat_with(next).take(len).collect()
-    }
 
     /// Makes a layer of a plan. Returns its bytes, and the place of its index.
     fn write(

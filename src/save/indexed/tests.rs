@@ -7,6 +7,7 @@ use super::*;
 use crate::image::extract::tests::{layers, words};
 use crate::image::extract::{self, Extracted, LayerRead};
 use crate::layer::Compression;
+use crate::layer::codec::tests::noise;
 use crate::layer::index::{self, Blocks, Listing};
 use crate::layer::sequential::SequentialLayer;
 
@@ -116,17 +117,6 @@ proptest! {
             (by_index, whole) => prop_assert!(false, "{:?} {:?}", by_index, whole),
         }
     }
-}
-
-fn noise(len: usize, mut state: u64) -> Vec<u8> {
-    state = state.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 32) as u8
-    };
-    std::iter::repeat_with(next).take(len).collect()
 }
 
 /// A layer of several blocks with files, links and names whose headers are long.

@@ -7,14 +7,14 @@
 //!
 //! Times are by the managers' clocks: those of nodes may be wrong, and change when an agent is started again.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use axum::http::HeaderMap;
 
 use super::TaskError;
 use super::retry::Retry;
-use super::turns::in_turns;
+use super::turns::ask_for_saves;
 use crate::service::job::{SaveOptions, Session, State, now_ms};
 use crate::service::manager::App;
 use crate::service::manager::accept::{Asked, accept_of};
@@ -34,8 +34,6 @@ const CHECK_EVERY: Duration = Duration::from_secs(60);
 const LEEWAY_MS: i64 = 60_000;
 /// Time by which a look may have begun earlier than it seems by the manager's clock, in milliseconds.
 const SLACK_MS: i64 = 1000;
-/// Time in which saves are asked for in a round; those that are not asked for by then are due in the next round.
-const ROUND: Duration = Duration::from_secs(20);
 
 /// What is known of a session with autosaves.
 #[derive(Default)]
@@ -127,12 +125,7 @@ async fn round(app: &App, watched: &mut HashMap<String, Watched>) -> Result<(), 
     let mut waiting = to_be_asked_for(app, watched, due, now).await?;
     // Those that have waited longest come first.
     waiting.sort_by_key(|due| due.at_ms);
-    let registry = app.options.target.host().unwrap_or_default().to_owned();
-    let until = Instant::now() + ROUND;
-    let goes_on = || Instant::now() < until && !app.cancel.is_cancelled();
-    let waiting = BTreeMap::from([(registry, waiting.into())]);
-    let ask = |due| save(app, due);
-    let (asked, left) = in_turns(waiting, goes_on, ask).await;
+    let (asked, left) = ask_for_saves(app, waiting, |due| save(app, due)).await;
     for (session, refused) in asked {
         if let Some(known) = watched.get_mut(session) {
             known.again = refused.then(|| Retry::after(known.again));

@@ -4,14 +4,14 @@
 //! replaces an image. It is accepted once for each run of a container: the key of the request is made of the container and
 //! the start of its run, and the record knows the key, whichever agent or manager was started again meanwhile.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::time::{Duration, Instant};
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
 
 use axum::http::HeaderMap;
 
 use super::TaskError;
 use super::retry::Retry;
-use super::turns::in_turns;
+use super::turns::ask_for_saves;
 use crate::service::job::{SaveOptions, Session, now_ms};
 use crate::service::manager::App;
 use crate::service::manager::accept::{Asked, accept_of};
@@ -25,8 +25,6 @@ use crate::service::record::{ENDED, Request};
 
 /// Interval at which the nodes' heartbeats are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// Time in which saves are asked for in a round.
-const ROUND: Duration = Duration::from_secs(20);
 /// Maximum age of an end. The record keeps the keys of requests for a day longer.
 const MAX_AGE: Duration = Duration::from_secs(6 * 24 * 3600);
 
@@ -116,14 +114,8 @@ async fn save_all<'a>(
     app: &App,
     sessions: impl Iterator<Item = &'a Session>,
 ) -> (Vec<(&'a Session, bool)>, Vec<&'a Session>) {
-    let registry = app.options.target.host().unwrap_or_default().to_owned();
-    let waiting = BTreeMap::from([(registry, sessions.collect())]);
-    let until = Instant::now() + ROUND;
-    let goes_on = || Instant::now() < until && !app.cancel.is_cancelled();
-    in_turns(waiting, goes_on, async |session| {
-        (session, save(app, session).await)
-    })
-    .await
+    let ask = async |session| (session, save(app, session).await);
+    ask_for_saves(app, sessions.collect(), ask).await
 }
 
 /// Saves the sessions whose users want it, though their nodes do not say so.

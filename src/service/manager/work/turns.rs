@@ -3,12 +3,17 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::future::Future;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 
+use crate::service::manager::App;
+
 /// Maximum number of pieces at a time.
 const AT_ONCE: usize = 8;
+/// Time in which saves are asked for in a round; those that are not asked for by then are due in the next round.
+const ASKED_FOR: Duration = Duration::from_secs(20);
 
 /// Does `work` for what waits for each registry, in order, at most [`AT_ONCE`] at a time. While there is work for several
 /// registries, each has an equal part of that, at least one. When `goes_on` is false, no more is begun.
@@ -45,6 +50,21 @@ pub(super) async fn in_turns<T, R, F: Future<Output = R>>(
     (done, waiting.into_values().flatten().collect())
 }
 
+/// Asks for saves, in order and several at a time, until [`ASKED_FOR`] is over or the manager ends. All go to the registry of
+/// the target.
+///
+/// Returns the results, and what was not asked for.
+pub(super) async fn ask_for_saves<T, R, F: Future<Output = R>>(
+    app: &App,
+    waiting: Vec<T>,
+    ask: impl Fn(T) -> F,
+) -> (Vec<R>, Vec<T>) {
+    let registry = app.options.target.host().unwrap_or_default().to_owned();
+    let until = Instant::now() + ASKED_FOR;
+    let goes_on = || Instant::now() < until && !app.cancel.is_cancelled();
+    in_turns(BTreeMap::from([(registry, waiting.into())]), goes_on, ask).await
+}
+
 /// Takes the next piece for the registry that has the fewest under way, if it may have more.
 fn next<T>(
     waiting: &mut BTreeMap<String, VecDeque<T>>,
@@ -69,8 +89,6 @@ fn next<T>(
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::time::Duration;
-
     use tokio::sync::Semaphore;
 
     use super::*;
