@@ -63,7 +63,7 @@ pub(crate) fn load(
     };
     let place: Place = text.parse()?;
     let end = place.offset.checked_add(place.length);
-    if place.length > MAX_STORED || end.is_none_or(|end| end > descriptor.size()) {
+    if !(1..=MAX_STORED).contains(&place.length) || end.is_none_or(|end| end > descriptor.size()) {
         return Err(Unusable("its annotation exceeds a limit").into());
     }
     let bytes = fetch(place.offset, place.length)?.ok_or(NoIndex::WholeOnly)?;
@@ -207,7 +207,8 @@ fn is_below(path: &[u8], above: &[u8]) -> bool {
 impl Says {
     /// Checks the headers of an entry.
     fn check(&self, headers: &[u8]) -> io::Result<()> {
-        let mut archive = Archive::new(headers);
+        let mut rest = headers;
+        let mut archive = Archive::new(&mut rest);
         let entry = archive.next_entry().map_err(io::Error::other)?;
         let said = entry.is_some_and(|entry| {
             let kind = match entry.kind {
@@ -221,9 +222,10 @@ impl Says {
                 _ => Vec::new(),
             };
             normalise(&entry.name).is_ok_and(|name| name == self.path)
-                && (kind, entry.size, link) == (self.kind, self.size, self.link.clone())
+                && (kind, entry.size, &link) == (self.kind, self.size, &self.link)
         });
-        if said {
+        // What is left would be read as content, or as entries that the index does not name.
+        if said && rest.is_empty() {
             return Ok(());
         }
         Err(io::Error::other(format!(

@@ -336,6 +336,17 @@ mod tests {
             let found = reason(&[a, file(path)]);
             assert_eq!(found, Some("a path is not in its plain form"), "{path:?}");
         }
+        let link = |path, link: &'static [u8]| Entry {
+            kind: Kind::Hardlink,
+            size: 0,
+            link,
+            ..file(path)
+        };
+        let (y, z) = (link("a/y", b"a/x"), link("a/z", b"a/y"));
+        assert_eq!(reason(&[a, x, y, link("a/z", b"a/x")]), None);
+        let chain = Some("a hard link leads to a hard link");
+        assert_eq!(reason(&[a, x, y, z]), chain);
+        assert_eq!(reason(&[a, link("a/x", b"a/x")]), chain);
         let headless = Entry { header: 0, ..x };
         assert_eq!(reason(&[a, headless]), Some("a header exceeds a limit"));
     }

@@ -167,6 +167,11 @@ impl Index {
             if seen.insert(path, row.kind).is_some() {
                 return Err(Unusable("a path is there twice"));
             }
+            // What such a link leads to is not read with it.
+            if row.kind == Kind::Hardlink && seen.get(self.name(&row.link)) == Some(&Kind::Hardlink)
+            {
+                return Err(Unusable("a hard link leads to a hard link"));
+            }
             let next = row.size.checked_next_multiple_of(RECORD);
             end = next
                 .and_then(|size| end.checked_add(size)?.checked_add(row.header.into()))

@@ -275,6 +275,16 @@ fn an_index_that_is_wrong_about_an_entry_is_an_error() {
         let found = lie(&|entries| (entries[1].2, entries[1].3) = (header, size));
         assert!(found.is_err(), "{header} {size}");
     }
+    // Headers that reach over the entry that follows.
+    let over = lie(&|entries| {
+        let next = entries.remove(2);
+        entries[1].2 += next.2 + next.3.next_multiple_of(512);
+    });
+    assert!(
+        over.unwrap_err()
+            .to_string()
+            .contains("is wrong about /a/x")
+    );
     assert!(
         lie(&|entries| {
             entries[1].1 = Kind::Other;
@@ -282,4 +292,24 @@ fn an_index_that_is_wrong_about_an_entry_is_an_error() {
         })
         .is_err()
     );
+}
+
+#[test]
+fn an_index_outside_its_layer_is_not_asked_for() {
+    let nothing = crate::common::digest::Digest::of("");
+    for place in ["0+0", "100+0", "90+11", "101+1", "18446744073709551615+1"] {
+        let mut descriptor = Descriptor::new(
+            oci_spec::image::MediaType::ImageLayerGzip,
+            100,
+            nothing
+                .to_string()
+                .parse::<oci_spec::image::Digest>()
+                .unwrap(),
+        );
+        let annotation = (ANNOTATION.to_owned(), format!("{place} {nothing}"));
+        descriptor.set_annotations(Some([annotation].into()));
+        let mut fetch: Fetch = Box::new(|_, _| unreachable!("it is asked for"));
+        let found = load(&descriptor, &mut fetch);
+        assert!(matches!(found, Err(NoIndex::Unusable(_))), "{place}");
+    }
 }
