@@ -5,8 +5,8 @@
 //! for the path ([`crate::image::extract`]) finds in it what it finds in the whole layer.
 //!
 //! Every byte that is read has the digest that the manifest's annotation leads to, and every header says what the index
-//! says of it. What is not read is known from the index alone: whoever wrote the manifest can leave entries out of it,
-//! as they can leave them out of the layer.
+//! says of it. Where entries begin, and what is not read, is known from the index alone: whoever wrote the manifest can
+//! leave entries out of it, and can have it lead to bytes that look like an entry and are another file's content.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io::{self, Read};
